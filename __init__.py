@@ -1,0 +1,46 @@
+"""stepfuse: a diffusion inference engine.
+
+Nothing heavy is imported here: names are loaded on first use (PEP 562), so `import stepfuse` imports no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .engine import errors
+    from .engine.config import EngineConfig
+    from .engine.engine import Engine
+    from .engine.request import Event, Job, Request, Result
+
+__version__ = "0.1.0"
+
+__all__ = ["Engine", "EngineConfig", "Event", "Job", "Request", "Result", "__version__", "errors"]
+
+_HOME = {
+    "Engine": ".engine.engine",
+    "EngineConfig": ".engine.config",
+    "Event": ".engine.request",
+    "Job": ".engine.request",
+    "Request": ".engine.request",
+    "Result": ".engine.request",
+    "errors": ".engine.errors",
+}
+
+logging.getLogger("stepfuse").addHandler(logging.NullHandler())
+
+
+def __getattr__(name: str) -> object:
+    home = _HOME.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module = importlib.import_module(home, __name__)
+    value = module if home.endswith(f".{name}") else getattr(module, name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

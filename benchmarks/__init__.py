@@ -1,0 +1,1 @@
+"""Measuring: one harness, one resumable suite for GPU machines, and the `stepfuse bench` commands."""

@@ -1,0 +1,223 @@
+"""The one entry for work on a GPU machine: `python -m stepfuse.benchmarks.gpu_suite --out DIR [--resume]`.
+
+Parts run in processes of their own with a time box each, the most valuable first; every record is appended as soon as
+it is measured, and `DIR/bundle.tar` is rewritten after each part, so whatever ends the run leaves what was measured.
+`--resume` (with an earlier bundle or folder) measures only what is missing. `--merge bundle.tar` spreads a bundle into
+`benchmarks/results/<device>/` and `kernels/<op>/configs/`. `--device cpu --tiny` runs every line on small shapes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import re
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import harness
+
+ROOT = Path(__file__).resolve().parent.parent
+GRACE = 15.0  # seconds beyond its box in which a part may still finish the measurement at hand
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part: a module of gpu_parts with `run(session)`, and its time box in seconds."""
+
+    name: str
+    module: str
+    seconds: float
+    about: str
+
+
+PARTS = (
+    Part("ceilings", "ceilings", 90, "what the device can do: products, copies, fp8"),
+    Part("launches", "launches", 40, "what a launch costs"),
+    Part("attention", "attentions", 120, "attention by backend at the models' shapes"),
+    Part("gemm", "gemms", 120, "matrix products at the models' shapes"),
+    Part("conv", "convs", 120, "convolutions at the models' shapes"),
+    Part("unet", "unets", 480, "diffusers U-Net baselines: eager, graph, cuDNN attention, compiled"),
+    Part("vae", "vaes", 180, "decoding: dtype, layout, folding, compilation"),
+    Part("latency", "latencies", 60, "our engine, end to end, with the built-in model"),
+    Part("tests", "gpu_tests", 180, "the GPU tests"),
+    Part("unet-autotune", "unets_autotuned", 270, "SDXL baseline with Inductor's max-autotune"),
+)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run, list or merge; 0 when every part that ran came to its end, 1 when one crashed or was killed."""
+    parser = argparse.ArgumentParser(
+        prog="gpu_suite", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, help="folder for records, logs and bundle.tar")
+    parser.add_argument("--seconds", type=float, default=540.0, help="for everything; parts that do not fit are left")
+    parser.add_argument("--parts", help=f"comma-separated, of: {', '.join(p.name for p in PARTS)}")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="smallest shapes; proves the code, measures nothing")
+    parser.add_argument("--resume", type=Path, nargs="?", const=Path(), help="keep what --out, or this bundle, holds")
+    parser.add_argument("--wheels", type=Path, help="folder of wheels to unpack for the parts that import diffusers")
+    parser.add_argument("--merge", type=Path, metavar="BUNDLE", help="spread a bundle into this checkout and stop")
+    parser.add_argument("--into", type=Path, default=ROOT, help="with --merge: the checkout")
+    parser.add_argument("--list", action="store_true", help="list the parts and stop")
+    options = parser.parse_args(arguments)
+    if options.list:
+        for part in PARTS:
+            print(f"{part.name:14} {part.seconds:4.0f} s  {part.about}")
+        return 0
+    if options.merge:
+        for path in merge(options.merge, options.into):
+            print(path)
+        return 0
+    if options.out is None:
+        parser.error("--out DIR is needed: records, logs and bundle.tar go there")
+    return run(options, select(options.parts, parser))
+
+
+def select(names: str | None, parser: argparse.ArgumentParser) -> list[Part]:
+    """The parts named, in the suite's own order; all of them for None."""
+    if names is None:
+        return list(PARTS)
+    wanted = [name.strip() for name in names.split(",")]
+    valid = {part.name for part in PARTS}
+    unknown = [name for name in wanted if name not in valid]
+    if unknown:
+        parser.error(f"unknown part {unknown[0]!r}; valid: {', '.join(part.name for part in PARTS)}")
+    return [part for part in PARTS if part.name in wanted]
+
+
+def run(options: argparse.Namespace, parts: list[Part]) -> int:
+    """Run `parts` one after the other within `options.seconds`."""
+    out: Path = options.out
+    out.mkdir(parents=True, exist_ok=True)
+    records = out / "records.jsonl"
+    if options.resume is None:
+        records.unlink(missing_ok=True)
+    elif options.resume.is_file():
+        records.write_bytes(_member(options.resume, "records.jsonl"))
+    packages = _unpack(options.wheels) if options.wheels else None
+    deadline = time.monotonic() + options.seconds
+    finished = {r["part"] for r in harness.read(records) if r.get("key") == "end" and r.get("complete")}
+    crashed = []
+    for part in parts:
+        left = deadline - time.monotonic()
+        if part.name in finished:
+            print(f"{part.name}: complete in an earlier run")
+        elif left < min(10.0, part.seconds):
+            print(f"{part.name}: no time left")
+        else:
+            box = min(part.seconds, left)
+            start = time.monotonic()
+            outcome = run_part(part, options, box, records, packages)
+            count = sum(r["part"] == part.name for r in harness.read(records))
+            print(f"{part.name}: {outcome}, {count} records, {time.monotonic() - start:.0f} s", flush=True)
+            if outcome != "ok":
+                crashed.append(part.name)
+            bundle(out)
+    return 1 if crashed else 0
+
+
+def run_part(part: Part, options: argparse.Namespace, box: float, records: Path, packages: Path | None) -> str:
+    """Run one part in a process of its own: "ok", "exit N" or "killed after N s"; its output goes to a log file."""
+    command = [sys.executable, "-m", f"{__package__}.gpu_parts.worker", part.name, "--module", part.module]
+    command += ["--records", str(records), "--seconds", str(box), "--device", options.device]
+    command += ["--tiny"] if options.tiny else []
+    command += ["--packages", str(packages)] if packages else []
+    log = options.out / f"{part.name}.log"
+    with log.open("ab") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+        try:
+            code = process.wait(timeout=box + GRACE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            harness.append(records, {"part": part.name, "key": "killed", "time": harness.now(), "error": "time box"})
+            return f"killed after {box + GRACE:.0f} s"
+    if code != 0:
+        lines = log.read_text(errors="replace").strip().splitlines()
+        error = lines[-1][:400] if lines else "no output"
+        harness.append(records, {"part": part.name, "key": "crashed", "time": harness.now(), "error": error})
+        return f"exit {code}: {error}"
+    return "ok"
+
+
+def bundle(out: Path) -> Path:
+    """Write records, logs and tuned configurations of `out` to bundle.tar, whole or not at all."""
+    target, partial = out / "bundle.tar", out / "bundle.tar.partial"
+    with tarfile.open(partial, "w") as tar:
+        for path in sorted((*out.glob("*.jsonl"), *out.glob("*.log"), *out.glob("configs/*/*.json"))):
+            tar.add(path, arcname=path.relative_to(out).as_posix())
+    partial.replace(target)
+    return target
+
+
+def merge(archive: Path, into: Path) -> list[Path]:
+    """Spread a bundle: records to benchmarks/results/<device>/<part>.jsonl, configs/<op>/X to kernels/<op>/configs/X.
+
+    Records already there are not written twice, failed ones are left out, and so are tiny ones: they measure nothing.
+    Returns the paths written. Raises ValueError for a configuration of an op that the checkout does not have.
+    """
+    written: list[Path] = []
+    text = _member(archive, "records.jsonl").decode()
+    device, tiny = "unknown", False
+    for line in text.splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # the last line of a killed process
+        if record["key"] == "start":
+            device, tiny = harness.device_slug(record["fingerprint"]), bool(record["tiny"])
+        if tiny or "error" in record:
+            continue
+        path = into / "benchmarks" / "results" / device / f"{record['part']}.jsonl"
+        if record not in harness.read(path):
+            harness.append(path, record)
+            if path not in written:
+                written.append(path)
+    with tarfile.open(archive) as tar:
+        for member in tar.getmembers():
+            match = re.fullmatch(r"configs/(\w+)/([\w.-]+\.json)", member.name)
+            content = tar.extractfile(member) if match and member.isfile() else None
+            if match is None or content is None:
+                continue
+            op = into / "kernels" / match[1]
+            if not op.is_dir():
+                raise ValueError(f"configuration of op {match[1]!r}, expected one of the folders in {into / 'kernels'}")
+            path = op / "configs" / match[2]
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(content.read())
+            written.append(path)
+    return written
+
+
+def _member(archive: Path, name: str) -> bytes:
+    with tarfile.open(archive) as tar:
+        try:
+            content = tar.extractfile(name)
+        except KeyError:
+            content = None
+        if content is None:
+            raise ValueError(f"{archive} holds no {name}; expected a bundle.tar of this suite")
+        return content.read()
+
+
+def _unpack(wheels: Path) -> Path:
+    """Unpack every wheel of a folder into one import folder (extension modules cannot be imported from archives)."""
+    files = sorted(wheels.glob("*.whl"))
+    if not files:
+        raise ValueError(f"no wheels in {wheels}; expected files named *.whl")
+    target = Path(tempfile.mkdtemp(prefix="stepfuse-packages-"))
+    for file in files:
+        with zipfile.ZipFile(io.BytesIO(file.read_bytes())) as archive:
+            archive.extractall(target)
+    return target
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,1 @@
+"""Conditioning: what a prompt, an image or a label becomes before the denoiser sees it."""

@@ -1,0 +1,130 @@
+"""What users say about an engine (EngineConfig) and what it becomes (ResolvedConfig).
+
+Imports torch only inside functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, Literal
+
+from .errors import DeviceError, RequestError, closest
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+SafetyHook = Callable[["np.ndarray", str], "np.ndarray"]
+"""images float32 [n, H, W, 3] in 0..1 and the prompt -> images to return; may raise to refuse."""
+
+DTYPES = {"float32": "float32", "fp32": "float32", "float16": "float16", "fp16": "float16", "half": "float16",
+          "bfloat16": "bfloat16", "bf16": "bfloat16", "float64": "float64", "fp64": "float64"}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """Options of an engine; None means chosen for the device and checkpoint.
+
+    device: "cpu", "cuda", "cuda:1". dtype and vae_dtype: a name ("float32", "bf16", ...) or a torch dtype.
+    kernels: "auto", an implementation name for every op, or a mapping op -> implementation.
+    max_rows: the most images in one running batch. variant: weight file variant ("fp16"). download: fetch a hub id that
+    is not in the local cache. vae_tiling: decode in overlapping tiles; "auto" above 1536 x 1536 pixels. safety: called
+    on every batch of images before they are returned.
+    """
+
+    device: str | None = None
+    dtype: str | torch.dtype | None = None
+    vae_dtype: str | torch.dtype | None = None
+    kernels: str | Mapping[str, str] = "auto"
+    max_rows: int | None = None
+    variant: str | None = None
+    download: bool = False
+    vae_tiling: bool | Literal["auto"] = "auto"
+    safety: SafetyHook | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResolvedConfig:
+    """EngineConfig with every None decided."""
+
+    device: torch.device
+    dtype: torch.dtype
+    vae_dtype: torch.dtype
+    kernels: str | Mapping[str, str]
+    max_rows: int
+    vae_tiling: bool | Literal["auto"]
+    safety: SafetyHook | None
+
+
+def merge(config: EngineConfig | None, overrides: Mapping[str, Any]) -> EngineConfig:
+    """`config` with `overrides` put over it; an unknown option is an error naming the closest one."""
+    valid = [f.name for f in fields(EngineConfig)]
+    for name in overrides:
+        if name not in valid:
+            raise RequestError(f"unknown engine option {name!r}: {closest(name, valid)}")
+    base = config or EngineConfig()
+    return EngineConfig(**({name: getattr(base, name) for name in valid} | dict(overrides)))
+
+
+def resolve(config: EngineConfig, *, vae_force_upcast: bool = False) -> ResolvedConfig:
+    """Decide every open option; raises DeviceError / RequestError for what cannot be honoured on this machine."""
+    import torch
+
+    device = resolve_device(config.device)
+    half = torch.bfloat16
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
+        half = torch.float16
+    dtype = resolve_dtype("dtype", config.dtype) or (half if device.type == "cuda" else torch.float32)
+    vae_dtype = resolve_dtype("vae_dtype", config.vae_dtype)
+    if vae_dtype is None:
+        vae_dtype = torch.float32 if dtype == torch.float16 and vae_force_upcast else dtype
+    elif vae_dtype == torch.float16 and vae_force_upcast:
+        raise RequestError("vae_dtype: got float16, but this VAE overflows in it (force_upcast); use bf16 or float32")
+    if config.max_rows is not None and (not isinstance(config.max_rows, int) or config.max_rows < 1):
+        raise RequestError(f"max_rows: got {config.max_rows!r}, expected a whole number >= 1")
+    return ResolvedConfig(
+        device=device,
+        dtype=dtype,
+        vae_dtype=vae_dtype,
+        kernels=config.kernels,
+        max_rows=config.max_rows or 8,
+        vae_tiling=config.vae_tiling,
+        safety=config.safety,
+    )
+
+
+def resolve_device(name: str | None) -> torch.device:
+    """A usable torch.device: CUDA if there is one, else CPU, by default.
+
+    mps, xpu and other backends are refused by name.
+    """
+    import torch
+
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise DeviceError(f"device: got {name!r}, expected 'cpu', 'cuda' or 'cuda:N'") from None
+    if device.type not in ("cpu", "cuda"):
+        raise DeviceError(f"device: {device.type!r} is not supported; use 'cuda' (NVIDIA) or 'cpu'")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            built = "this torch has no CUDA build" if torch.version.cuda is None else "no CUDA device is visible"
+            raise DeviceError(f"device: got {name!r}, but {built}; use device='cpu', or run `stepfuse doctor`")
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise DeviceError(f"device: got {name!r}, but there are only {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def resolve_dtype(option: str, value: Any) -> torch.dtype | None:
+    """A torch dtype from a name, a torch dtype or None."""
+    import torch
+
+    if value is None:
+        return None
+    name = str(value).removeprefix("torch.")
+    if name not in DTYPES:
+        raise RequestError(f"{option}: got {value!r}, {closest(name, DTYPES)}")
+    return getattr(torch, DTYPES[name])

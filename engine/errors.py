@@ -1,0 +1,56 @@
+"""Exceptions of the engine: every message says what it got, what it expected and what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class StepfuseError(Exception):
+    """Base of every error stepfuse raises on purpose. `exit_code` is what the command line returns for it."""
+
+    exit_code = 1
+
+
+class RequestError(StepfuseError, ValueError):
+    """A request or option has a value that cannot be honoured."""
+
+    exit_code = 2
+
+
+class CheckpointError(StepfuseError, ValueError):
+    """A checkpoint is missing, incomplete, of an unknown kind, or does not fit the model."""
+
+    exit_code = 3
+
+
+class DeviceError(StepfuseError, RuntimeError):
+    """The device asked for is absent or cannot run what was asked."""
+
+    exit_code = 4
+
+
+class NumericsError(StepfuseError, ArithmeticError):
+    """NaN or Inf appeared in weights, latents or images."""
+
+    exit_code = 5
+
+
+class Cancelled(StepfuseError):
+    """The job was cancelled before it finished."""
+
+    exit_code = 6
+
+
+class EngineClosed(StepfuseError, RuntimeError):
+    """The engine was closed; it accepts no more requests."""
+
+    exit_code = 1
+
+
+def closest(name: str, valid: Iterable[str]) -> str:
+    """A suffix for an error message: the nearest valid name if there is one, then all of them."""
+    names = sorted(valid)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"{hint}valid: {', '.join(names)}"

@@ -1,0 +1,93 @@
+"""The table of families: what a kind of checkpoint needs around its denoiser.
+
+A family is a value, never a pipeline class.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from .errors import CheckpointError, closest
+
+BUILTIN = {"shapes": "64 x 64 scenes of coloured shapes, e.g. 'a red circle above a blue square'"}
+
+
+def builtin_folder(name: str) -> Path:
+    """Where the checkpoint of a built-in model lies in the installed package."""
+    return Path(__file__).parent / "builtin" / name
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """What surrounds the denoiser of one architecture (names: weights/detect.py).
+
+    text: "last" = final hidden state of one CLIP encoder; "penultimate" = hidden_states[-2] of one or two encoders with
+    pooled summary and size ids (SDXL); "none". latent: there is a VAE around the denoiser. steps, guidance_scale:
+    defaults of the published pipeline. missing: why text to image cannot run, or empty.
+    """
+
+    name: str
+    summary: str
+    text: Literal["last", "penultimate", "none"] = "last"
+    latent: bool = True
+    steps: int = 50
+    guidance_scale: float = 7.5
+    missing: str = ""
+
+
+_TABLE = (
+    Family(name="sd", summary="Stable Diffusion 1.x and 2.x (epsilon or v-prediction), and fine-tunes of them"),
+    Family(
+        name="sdxl", summary="Stable Diffusion XL base and fine-tunes of it", text="penultimate", guidance_scale=5.0
+    ),
+    Family(name="sd_lcm", summary="latent consistency models with guidance embedding", steps=4, guidance_scale=8.5),
+    Family(
+        name="pixel",
+        summary="unconditional pixel diffusion (DDPM, DDIM)",
+        text="none",
+        latent=False,
+        guidance_scale=1.0,
+    ),
+    Family(
+        name="pixel_class",
+        summary="class-conditional pixel diffusion (ADM)",
+        text="none",
+        latent=False,
+        guidance_scale=1.0,
+    ),
+    Family(
+        name="sdxl_refiner",
+        summary="Stable Diffusion XL refiner",
+        text="penultimate",
+        guidance_scale=5.0,
+        missing="a refiner continues from another model's latents",
+    ),
+    Family(
+        name="sd_inpaint",
+        summary="Stable Diffusion inpainting, 9 input channels",
+        missing="an inpainting model needs an image and a mask",
+    ),
+    Family(
+        name="sdxl_inpaint",
+        summary="Stable Diffusion XL inpainting, 9 input channels",
+        text="penultimate",
+        missing="an inpainting model needs an image and a mask",
+    ),
+    Family(
+        name="sd_x4_upscaler",
+        summary="Stable Diffusion x4 upscaler",
+        missing="an upscaler needs an image to enlarge",
+    ),
+)
+FAMILIES = {family.name: family for family in _TABLE}
+
+
+def family_of(architecture: str) -> Family:
+    """The family of a detected architecture. Raises CheckpointError for one whose surroundings are not built."""
+    if architecture not in FAMILIES:
+        raise CheckpointError(
+            f"{architecture}: this kind of checkpoint cannot be run yet; {closest(architecture, FAMILIES)}"
+        )
+    return FAMILIES[architecture]

@@ -1,0 +1,1 @@
+"""Our own graphs of the networks, built on `layers.py`; parameter names follow diffusers."""

@@ -1,0 +1,209 @@
+"""Residual, transformer, down, middle and up blocks: shared by U-Nets, ControlNets and autoencoders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor, nn
+
+from .layers import (
+    Attention,
+    Downsample,
+    FeedForward,
+    GroupNorm,
+    LayerNorm,
+    SelfAttention2d,
+    Upsample,
+    concat_channels,
+    halve,
+    nearest,
+    to_image,
+    to_tokens,
+)
+from .unet_config import BlockOptions, Level
+
+
+@dataclass(frozen=True)
+class Step:
+    """What the blocks read in one update beside the image; the autoencoders' blocks read nothing."""
+
+    time: Tensor | None = None  # [R, sum of the blocks' channels]
+    kv: Tensor | None = None  # [R, L, sum of the layers' keys and values]
+    kv_len: Tensor | None = None  # int32 [R]
+
+
+class ResBlock(nn.Module):
+    """shortcut(x) + conv(norm_silu(conv(norm_silu(x)) + time)) (Ho et al. 2020; Dhariwal & Nichol 2021)."""
+
+    def __init__(
+        self, in_channels: int, channels: int, options: BlockOptions, resample: Literal["up", "down"] | None = None
+    ) -> None:
+        super().__init__()
+        self.resample, self.scale_shift = resample, options.scale_shift
+        self.norm1 = GroupNorm(in_channels, options.groups, options.eps)
+        self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1)
+        self.time_emb_proj = None
+        if options.time_dim is not None:
+            self.time_emb_proj = nn.Linear(options.time_dim, channels * (2 if options.scale_shift else 1))
+        self.norm2 = GroupNorm(channels, options.groups, options.eps)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv_shortcut = None if in_channels == channels else nn.Conv2d(in_channels, channels, 1)
+        self.span = slice(0, 0)  # where this block's projection lies in Step.time; set by the network
+
+    def forward(self, x: Tensor, step: Step, skip: Tensor | None = None, size: tuple[int, int] | None = None) -> Tensor:
+        """x: [R, C, h, w]; skip: more channels of the input; size: what a block that upsamples has to reach."""
+        h = self.norm1(x, x2=skip)
+        x = concat_channels(x, skip)
+        if self.resample is not None:
+            change = _resampler(self.resample, size)
+            x, h = change(x), change(h)
+        h = self.conv1(h)
+        if step.time is None:
+            h = self.norm2(h)
+        elif self.scale_shift:
+            scale, shift = step.time[:, self.span].chunk(2, 1)
+            h = self.norm2(h, scale=scale, shift=shift)
+        else:
+            h = self.norm2(h, pre_bias=step.time[:, self.span])
+        h = self.conv2(h)
+        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+
+class TransformerBlock(nn.Module):
+    """Self-attention, cross-attention to the prompt and feed-forward, each on normalised tokens and added."""
+
+    def __init__(self, channels: int, level: Level, options: BlockOptions) -> None:
+        super().__init__()
+        self.norm1 = LayerNorm(channels)
+        self.attn1 = Attention(channels, level.heads, options.cross_dim if level.cross_only else None)
+        self.norm2 = LayerNorm(channels)
+        self.attn2 = Attention(channels, level.heads, options.cross_dim)
+        self.norm3 = LayerNorm(channels)
+        self.ff = FeedForward(channels)
+
+    def forward(self, x: Tensor, step: Step) -> Tensor:
+        """x: [R, L, C]."""
+        x = x + self.attn1(self.norm1(x), step.kv, step.kv_len)
+        x = x + self.attn2(self.norm2(x), step.kv, step.kv_len)
+        return x + self.ff(self.norm3(x))
+
+
+class Transformer2d(nn.Module):
+    """x + transformer blocks over the sites of the normalised image (Rombach et al. 2022)."""
+
+    def __init__(self, depth: int, level: Level, options: BlockOptions) -> None:
+        super().__init__()
+        self.norm = GroupNorm(level.channels, options.groups, 1e-6, silu=False)
+        self.proj_in = nn.Linear(level.channels, level.channels)
+        self.transformer_blocks = nn.ModuleList(TransformerBlock(level.channels, level, options) for _ in range(depth))
+        self.proj_out = nn.Linear(level.channels, level.channels)
+
+    def forward(self, x: Tensor, step: Step) -> Tensor:
+        """x: [R, C, h, w]."""
+        tokens = self.proj_in(to_tokens(self.norm(x)))
+        for block in self.transformer_blocks:
+            tokens = block(tokens, step)
+        return x + to_image(self.proj_out(tokens), x)
+
+
+class DownBlock(nn.Module):
+    """Residual blocks with attention, then half the resolution."""
+
+    def __init__(self, in_channels: int, level: Level, options: BlockOptions) -> None:
+        super().__init__()
+        widths = [in_channels] + [level.channels] * (level.layers - 1)
+        self.resnets = nn.ModuleList(ResBlock(width, level.channels, options) for width in widths)
+        self.attentions = _attentions(level, options, options.groups)
+        self.downsamplers = nn.ModuleList()
+        if level.resample == "conv":
+            self.downsamplers.append(Downsample(level.channels, options.downsample_padding))
+        elif level.resample == "resnet":
+            self.downsamplers.append(ResBlock(level.channels, level.channels, options, resample="down"))
+
+    def forward(self, x: Tensor, step: Step) -> tuple[Tensor, list[Tensor]]:
+        """Returns the image for the next level and the skips for the way up, in the order they arise."""
+        skips = []
+        for i, resnet in enumerate(self.resnets):
+            x = resnet(x, step)
+            if self.attentions:
+                x = _attend(self.attentions[i], x, step)
+            skips.append(x)
+        for downsampler in self.downsamplers:
+            x = downsampler(x, step) if isinstance(downsampler, ResBlock) else downsampler(x)
+            skips.append(x)
+        return x, skips
+
+
+class MiddleBlock(nn.Module):
+    """One residual block, then pairs of attention and residual block."""
+
+    def __init__(self, level: Level, options: BlockOptions) -> None:
+        super().__init__()
+        self.resnets = nn.ModuleList(ResBlock(level.channels, level.channels, options) for _ in range(level.layers + 1))
+        self.attentions = _attentions(level, options, options.middle_groups)
+
+    def forward(self, x: Tensor, step: Step) -> Tensor:
+        """x: [R, C, h, w]."""
+        x = self.resnets[0](x, step)
+        for i, resnet in enumerate(list(self.resnets)[1:]):
+            if self.attentions:
+                x = _attend(self.attentions[i], x, step)
+            x = resnet(x, step)
+        return x
+
+
+class UpBlock(nn.Module):
+    """Residual blocks with attention, each also fed a skip where there are any, then twice the resolution."""
+
+    def __init__(self, in_channels: int, skip_channels: list[int], level: Level, options: BlockOptions) -> None:
+        super().__init__()
+        widths = [in_channels] + [level.channels] * (level.layers - 1)
+        self.skips = len(skip_channels)
+        extra = skip_channels or [0] * level.layers
+        self.resnets = nn.ModuleList(
+            ResBlock(width + more, level.channels, options) for width, more in zip(widths, extra, strict=True)
+        )
+        self.attentions = _attentions(level, options, options.groups)
+        self.upsamplers = nn.ModuleList()
+        if level.resample == "conv":
+            self.upsamplers.append(Upsample(level.channels))
+        elif level.resample == "resnet":
+            self.upsamplers.append(ResBlock(level.channels, level.channels, options, resample="up"))
+
+    def forward(self, x: Tensor, step: Step, skips: list[Tensor]) -> Tensor:
+        """x: [R, C, h, w]; takes its skips from the end of `skips` and enlarges x to the size of the next one, if any.
+
+        Sizes that were odd on the way down are met this way, too.
+        """
+        for i, resnet in enumerate(self.resnets):
+            x = resnet(x, step, skip=skips.pop() if self.skips else None)
+            if self.attentions:
+                x = _attend(self.attentions[i], x, step)
+        for upsampler in self.upsamplers:
+            size = (skips[-1].shape[-2], skips[-1].shape[-1]) if skips else (2 * x.shape[-2], 2 * x.shape[-1])
+            x = upsampler(x, step, size=size) if isinstance(upsampler, ResBlock) else upsampler(x, size)
+        return x
+
+
+def _attentions(level: Level, options: BlockOptions, groups: int | None) -> nn.ModuleList:
+    """One attention layer per residual block of the level; empty without attention."""
+    if level.attention == "cross":
+        return nn.ModuleList(Transformer2d(depth, level, options) for depth in level.depth)
+    if level.attention == "self":
+        return nn.ModuleList(
+            SelfAttention2d(level.channels, level.heads, groups, options.eps) for _ in range(level.layers)
+        )
+    return nn.ModuleList()
+
+
+def _attend(layer: nn.Module, x: Tensor, step: Step) -> Tensor:
+    return layer(x, step) if isinstance(layer, Transformer2d) else layer(x)
+
+
+def _resampler(resample: Literal["up", "down"], size: tuple[int, int] | None) -> Callable[[Tensor], Tensor]:
+    if resample == "down":
+        return halve
+    assert size is not None, "a block that upsamples needs the size to reach"
+    return lambda x: nearest(x, size)

@@ -1,0 +1,202 @@
+"""A request, phase by phase, as functions over Components.
+
+Settle -> encode -> start -> (the running batch) -> decode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from .batch import Batch
+from .components import Components
+from .conditioning import text as clip
+from .errors import NumericsError, RequestError
+from .models.unet import Conditioning
+from .models.vae import from_model
+from .models.vae_tiling import sliced, tiled
+from .request import Request
+from .sampling.guidance import guidance_embedding
+from .sampling.noise import initial_noise
+from .settling import Settled
+
+UNTILED_PIXELS = 1536 * 1536
+"""vae_tiling="auto" decodes in tiles above this: memory grows with the area, and the attention in the middle of the VAE
+with its square."""
+
+
+def encode(parts: Components, batch: Sequence[Settled]) -> list[tuple[Conditioning, tuple[str, ...]]]:
+    """Conditioning of the model rows (image 0 cond, image 0 uncond, image 1 ...) of each request, and what was cut.
+
+    The prompts of all requests that share a clip_skip go through each text encoder in one batch.
+    """
+    if parts.family.text == "none":
+        return [(_label_conditioning(parts, one), ()) for one in batch]
+    prompts = _PromptSet(parts)
+    for one in batch:
+        for text in _texts(parts, one):
+            prompts.add(text, one.request.clip_skip)
+    prompts.encode()
+    return [_text_conditioning(parts, one, prompts) for one in batch]
+
+
+def start(
+    parts: Components, settled: Settled, conditioning: Conditioning, images: Sequence[int], owners: Sequence[Any]
+) -> Batch:
+    """The rows of the request's images at `images` before their first update, on the engine's device."""
+    device = parts.config.device
+    dtype = torch.float64 if parts.config.dtype == torch.float64 else torch.float32
+    plan, rows = settled.plan, len(images)
+    noise = torch.cat([_noise(parts, settled, index) for index in images])
+    x = (noise.to(dtype) * plan.init_scale).to(device)
+    table = torch.from_numpy(plan.table()).to(dtype).to(device)
+    timesteps = torch.tensor(plan.timesteps, dtype=torch.float32, device=device)
+    weights = [settled.guidance_scale, 1 - settled.guidance_scale] if settled.branches == 2 else [1.0]
+    model_rows = [index * settled.branches + branch for index in images for branch in range(settled.branches)]
+    return Batch(
+        owners=list(owners),
+        x=x,
+        base=x.clone(),
+        history=x.new_zeros(rows, 3, *x.shape[1:]),
+        model_input=x * plan.updates[0].c_in,
+        table=table.expand(rows, -1, -1).contiguous(),
+        update=torch.zeros(rows, dtype=torch.int64, device=device),
+        weights=torch.tensor(weights, dtype=dtype, device=device).expand(rows, -1).contiguous(),
+        rescale=torch.full((rows,), settled.request.guidance_rescale, dtype=dtype, device=device),
+        seeds=torch.tensor([settled.seeds[i] for i in images], dtype=torch.int64, device=device),
+        bad=torch.zeros(rows, dtype=torch.bool, device=device),
+        draws=2 if plan.stochastic else 0,
+        prepared=parts.denoiser.prepare(_select(conditioning, model_rows), timesteps.expand(len(model_rows), -1)),
+    )
+
+
+def decode(parts: Components, latents: torch.Tensor) -> torch.Tensor:
+    """Images float32 [n, 3, H, W] in 0..1 on the engine's device from final latents [n, C, h, w].
+
+    Decodes one image at a time, or all in overlapping tiles where configured. Raises NumericsError instead of returning
+    NaN.
+    """
+    if parts.vae is None:
+        images = latents.float()
+    else:
+        scaled = from_model(latents, parts.vae.config).to(parts.config.vae_dtype)
+        whole = latents.shape[-1] * latents.shape[-2] * parts.scale**2 <= UNTILED_PIXELS
+        tiles = not whole if parts.config.vae_tiling == "auto" else parts.config.vae_tiling
+        images = (tiled(parts.vae.decode, scaled) if tiles else sliced(parts.vae.decode, scaled)).float()
+    if not torch.isfinite(images).all():
+        raise NumericsError(f"the VAE produced NaN or Inf in {parts.config.vae_dtype}; load with vae_dtype='float32'")
+    return (images / 2 + 0.5).clamp(0, 1)
+
+
+def _noise(parts: Components, settled: Settled, index: int) -> torch.Tensor:
+    """Unit noise of image `index` [1, C, h, w] on the CPU; a seed gives the noise diffusers gives."""
+    if settled.request.latents is not None:
+        return settled.request.latents[index : index + 1].detach().cpu()
+    shape = (parts.channels, settled.height // parts.scale, settled.width // parts.scale)
+    return initial_noise(settled.seeds[index], shape, 1)
+
+
+def _select(conditioning: Conditioning, rows: list[int]) -> Conditioning:
+    given = {name: value for name, value in vars(conditioning).items() if value is not None}
+    return Conditioning(**{name: value[rows] for name, value in given.items()})
+
+
+def _label_conditioning(parts: Components, settled: Settled) -> Conditioning:
+    kind, labels, n = parts.denoiser.config.class_embedding, settled.request.class_labels, len(settled.seeds)
+    if kind == "none":
+        if labels is not None:
+            raise RequestError(f"class_labels: {parts.name} is unconditional; leave them out")
+        return Conditioning()
+    classes = parts.denoiser.config.class_dim
+    chosen = (labels,) * n if isinstance(labels, int) else labels
+    if chosen is None or len(chosen) != n or not all(0 <= label < classes for label in chosen):
+        raise RequestError(f"class_labels: got {labels!r}, expected {n} class numbers from 0 to {classes - 1}")
+    return Conditioning(class_labels=torch.tensor(chosen, dtype=torch.int64, device=parts.config.device))
+
+
+def _texts(parts: Components, settled: Settled) -> list[tuple[str, str]]:
+    """(text for the first encoder, text for the second) of each branch that must be encoded."""
+    request = settled.request
+    texts = []
+    if request.prompt is not None:
+        texts.append((request.prompt, request.prompt_2 or request.prompt))
+    if settled.branches == 2 and request.negative_prompt_embeds is None and not _zero_negative(parts, request):
+        negative = request.negative_prompt or ""
+        texts.append((negative, request.negative_prompt_2 or negative))
+    return texts
+
+
+def _zero_negative(parts: Components, request: Request) -> bool:
+    return parts.zero_negative and request.negative_prompt is None and request.negative_prompt_2 is None
+
+
+class _PromptSet:
+    """Distinct prompts of several requests, encoded in one batch per clip_skip."""
+
+    def __init__(self, parts: Components) -> None:
+        self.parts = parts
+        self.found: dict[tuple[tuple[str, str], int | None], clip.Encoded] = {}
+        self.cut: dict[tuple[str, str], tuple[str, ...]] = {}
+
+    def add(self, text: tuple[str, str], skip: int | None) -> None:
+        self.found.setdefault((text, skip), clip.Encoded(torch.empty(0), None))
+
+    def encode(self) -> None:
+        for skip in {skip for _, skip in self.found}:
+            texts = [text for text, s in self.found if s == skip]
+            encoded, cuts = [], []
+            for index, encoder in enumerate(self.parts.text):
+                tokens = encoder.tokenize([text[index] for text in texts])
+                cuts.append(tokens.cut)
+                encoded.append(encoder.encode(tokens, skip))
+            joined = clip.join(encoded)
+            for row, text in enumerate(texts):
+                self.found[text, skip] = joined.select([row])
+                self.cut[text] = tuple(dict.fromkeys(cut[row] for cut in cuts if cut[row]))
+
+
+def _text_conditioning(
+    parts: Components, settled: Settled, prompts: _PromptSet
+) -> tuple[Conditioning, tuple[str, ...]]:
+    request, n = settled.request, len(settled.seeds)
+    texts = _texts(parts, settled)
+    cut = [f"the prompt is too long for the text encoder; ignored: {part!r}" for t in texts for part in prompts.cut[t]]
+    encoded = iter([prompts.found[text, request.clip_skip] for text in texts])
+    if request.prompt_embeds is None:
+        positive = next(encoded)
+    else:
+        positive = _given(parts, n, request.prompt_embeds, request.pooled_prompt_embeds, "prompt_embeds")
+    branches = [positive]
+    if settled.branches == 2:
+        if request.negative_prompt_embeds is not None:
+            pooled = request.negative_pooled_prompt_embeds
+            branches.append(_given(parts, n, request.negative_prompt_embeds, pooled, "negative_prompt_embeds"))
+        elif _zero_negative(parts, request):
+            zero = None if positive.pooled is None else torch.zeros_like(positive.pooled)
+            branches.append(clip.Encoded(torch.zeros_like(positive.hidden), zero))
+        else:
+            branches.append(next(encoded))
+    hidden = [part.hidden.expand(n, -1, -1) for part in branches]
+    if any(part.shape[1:] != hidden[0].shape[1:] for part in hidden):
+        raise RequestError("negative_prompt_embeds: got another length or width than prompt_embeds; pad them alike")
+    rows: dict[str, Any] = {"hidden": torch.stack(hidden, 1).flatten(0, 1)}
+    if parts.denoiser.config.added_time_dim:
+        pooled = [part.pooled.expand(n, -1) for part in branches if part.pooled is not None]
+        sizes = torch.tensor([settled.height, settled.width, 0, 0, settled.height, settled.width], dtype=torch.float32)
+        rows["pooled"] = torch.stack(pooled, 1).flatten(0, 1)
+        rows["time_ids"] = sizes.to(parts.config.device).expand(n * settled.branches, -1)
+    if parts.denoiser.config.time_cond_dim is not None:
+        embedding = guidance_embedding([settled.guidance_scale] * n, parts.denoiser.config.time_cond_dim)
+        rows["timestep_cond"] = embedding.to(parts.config.device)
+    return Conditioning(**rows), tuple(dict.fromkeys(cut))
+
+
+def _given(parts: Components, n: int, hidden: torch.Tensor, pooled: torch.Tensor | None, name: str) -> clip.Encoded:
+    """Embeddings the user computed, checked against the denoiser."""
+    width = parts.denoiser.config.text_dim or parts.denoiser.config.blocks.cross_dim
+    if hidden.dim() != 3 or hidden.shape[0] not in (1, n) or hidden.shape[2] != width:
+        raise RequestError(f"{name}: got shape {tuple(hidden.shape)}, expected [1 or {n}, L, {width}]")
+    device = parts.config.device
+    return clip.Encoded(hidden.to(device), None if pooled is None else pooled.to(device))

@@ -1,0 +1,55 @@
+"""How one update of a batch is executed. Eager: the denoiser, then one `sampler_step` for all rows."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from ..kernels import sampler_step
+from ..kernels.sampler_step.columns import Column
+from .batch import Batch
+from .components import Components
+from .sampling.guidance import rescale_weights
+
+
+class Before(NamedTuple):
+    """What an update saw, for a preview of it.
+
+    The model's outputs [R, J, C, h, w] and the weights [R, J] they were summed with.
+    """
+
+    x: torch.Tensor
+    outputs: torch.Tensor
+    weights: torch.Tensor
+    lines: torch.Tensor
+
+    def denoised(self, rows: list[int]) -> torch.Tensor:
+        """The denoised estimate D = p x + q sum_j w_j F_j [n, C, h, w] of the rows at these positions."""
+        p, q = (self.lines[rows, column, None, None, None] for column in (Column.P, Column.Q))
+        total = (self.weights[rows, :, None, None, None] * self.outputs[rows]).sum(1)
+        return p * self.x[rows] + q * total
+
+
+class EagerRunner:
+    """Runs updates op by op, with the implementations the components' dispatch bound."""
+
+    def __init__(self, parts: Components) -> None:
+        self.parts = parts
+
+    @torch.inference_mode()
+    def update(self, batch: Batch) -> Before:
+        """One network evaluation and sampler update of every row, in place of the batch's tensors."""
+        branches = batch.branches
+        latents = batch.model_input.to(self.parts.config.dtype).repeat_interleave(branches, 0)
+        raw = self.parts.denoiser(latents, batch.prepared, batch.update.repeat_interleave(branches))
+        outputs = raw.unflatten(0, (len(batch), branches)).to(batch.x.dtype)
+        weights = rescale_weights(outputs, batch.weights, batch.rescale)
+        lines = batch.table[torch.arange(len(batch), device=batch.x.device), batch.update]
+        before = Before(batch.x, outputs, weights, lines)
+        weights = weights.to(batch.x.dtype)
+        state = (batch.x, batch.base, batch.history, outputs, batch.table, batch.update, weights, batch.seeds)
+        batch.x, batch.base, batch.history, batch.model_input, bad = sampler_step(*state, draws=batch.draws)
+        batch.bad |= bad
+        batch.update = batch.update + 1
+        return before

@@ -1,0 +1,1 @@
+"""Samplers as tables: schedules give levels, planners turn levels into updates, one op executes them."""

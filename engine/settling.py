@@ -1,0 +1,112 @@
+"""What a request leaves open, decided and checked against the model before anything runs."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass
+from typing import Any
+
+from .components import Components
+from .errors import RequestError
+from .request import Request
+from .sampling.planning import make_plan
+from .sampling.update import Plan
+
+
+@dataclass(frozen=True, eq=False)
+class Settled:
+    """A request with every open value decided and checked against the model."""
+
+    request: Request
+    plan: Plan
+    width: int
+    height: int
+    guidance_scale: float
+    seeds: tuple[int, ...]
+    branches: int
+    warnings: tuple[str, ...]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The resolved values a person would want to know, plain and JSON-able."""
+        return {
+            "steps": self.plan.steps,
+            "guidance_scale": self.guidance_scale,
+            "sampler": self.plan.sampler,
+            "schedule": self.plan.schedule,
+            "width": self.width,
+            "height": self.height,
+        }
+
+
+def settle(parts: Components, request: Request) -> Settled:
+    """Decide what the request left open; raises RequestError for what this model cannot do."""
+    if parts.family.missing:
+        raise RequestError(f"{parts.name}: {parts.family.missing}; text to image is not possible with it")
+    _check_inputs(parts, request)
+    width, height = _size(parts, request)
+    defaults = parts.defaults
+    guidance = _first(request.guidance_scale, defaults.get("guidance_scale"), parts.family.guidance_scale)
+    plan = make_plan(
+        parts.scheduler,
+        steps=_first(request.steps, defaults.get("steps"), parts.family.steps),
+        sampler=request.sampler or defaults.get("sampler"),
+        schedule=request.schedule,
+        eta=request.eta,
+        s_churn=request.s_churn,
+        s_tmin=request.s_tmin,
+        s_tmax=request.s_tmax,
+        s_noise=request.s_noise,
+    )
+    embedded = parts.denoiser.config.time_cond_dim is not None
+    branches = 2 if guidance > 1 and not embedded and parts.family.text != "none" else 1
+    warnings = []
+    if branches == 1 and (request.negative_prompt or request.negative_prompt_embeds is not None):
+        warnings.append("negative_prompt has no effect without guidance (guidance_scale <= 1, or a distilled model)")
+    first = secrets.randbelow(2**32) if request.seed is None else request.seed
+    seeds = tuple(first + i for i in range(request.n))
+    return Settled(request, plan, width, height, guidance, seeds, branches, tuple(warnings))
+
+
+def _check_inputs(parts: Components, request: Request) -> None:
+    texts = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2", "prompt_embeds", "negative_prompt_embeds",
+             "pooled_prompt_embeds", "negative_pooled_prompt_embeds", "clip_skip")  # fmt: skip
+    if parts.family.text == "none":
+        for name in texts:
+            if getattr(request, name) is not None:
+                raise RequestError(
+                    f"{name}: {parts.name} takes no text; leave it out"
+                    + (" or give class_labels" if parts.denoiser.config.class_embedding != "none" else "")
+                )
+        return
+    if (request.prompt is None) == (request.prompt_embeds is None):
+        raise RequestError("prompt: give either prompt or prompt_embeds, and not both")
+    if request.class_labels is not None:
+        raise RequestError(f"class_labels: {parts.name} is conditioned on text; leave them out")
+    if len(parts.text) < 2 and (request.prompt_2 is not None or request.negative_prompt_2 is not None):
+        raise RequestError(f"prompt_2: {parts.name} has only one text encoder; leave it out")
+    if (
+        request.prompt_embeds is not None
+        and parts.family.text == "penultimate"
+        and request.pooled_prompt_embeds is None
+    ):
+        raise RequestError("pooled_prompt_embeds: this family needs them beside prompt_embeds")
+
+
+def _size(parts: Components, request: Request) -> tuple[int, int]:
+    sample = parts.denoiser.config.sample_size or (64, 64)
+    width = _first(request.width, parts.defaults.get("width"), sample[1] * parts.scale)
+    height = _first(request.height, parts.defaults.get("height"), sample[0] * parts.scale)
+    for name, value in (("width", width), ("height", height)):
+        if value % parts.scale:
+            near = max(parts.scale, round(value / parts.scale) * parts.scale)
+            raise RequestError(f"{name}: got {value}, expected a multiple of {parts.scale}; the nearest is {near}")
+    if request.latents is not None:
+        expected = (request.n, parts.channels, height // parts.scale, width // parts.scale)
+        if tuple(request.latents.shape) != expected:
+            raise RequestError(f"latents: got shape {tuple(request.latents.shape)}, expected {expected} [n, C, h, w]")
+    return width, height
+
+
+def _first(*values: Any) -> Any:
+    return next(value for value in values if value is not None)

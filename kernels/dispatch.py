@@ -1,0 +1,109 @@
+"""Dispatch: which implementation every op call site of a model uses, fixed before tracing and read by everything after.
+
+A model calls ops through `Site` modules. `record` runs the model once and notes the signature of every site's call;
+`resolve` turns the signatures into a `Dispatch`; `Dispatch.bind` puts the chosen functions into the sites as constants,
+so eager execution, torch.compile, CUDA graphs and ahead-of-time packages all run the same kernels.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from .op import Call, Op
+from .policy import Choice, choose, validate
+
+
+class Site(nn.Module):
+    """One call site of an op in a model. Calls the reference until a Dispatch binds another implementation."""
+
+    def __init__(self, op: Op) -> None:
+        super().__init__()
+        self.op = op
+        self.bound: Callable[..., Any] = op.reference
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the bound implementation; arguments as the op's reference."""
+        return self.bound(*args, **kwargs)
+
+    def extra_repr(self) -> str:
+        """The op's name, for printed models."""
+        return self.op.name
+
+
+@dataclass(frozen=True)
+class Selected:
+    """What one site uses and why."""
+
+    op: str
+    implementation: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Dispatch:
+    """Site path -> what it uses."""
+
+    sites: Mapping[str, Selected]
+
+    def bind(self, model: nn.Module) -> None:
+        """Put the chosen implementation into every site of `model`.
+
+        Raises KeyError for a site that is not in the table.
+        """
+        for path, site in _sites(model).items():
+            site.bound = site.op.implementations[self.sites[path].implementation].call
+
+    def explain(self) -> str:
+        """One line per (op, implementation, reason) with the number of sites that use it."""
+        counts = Counter(self.sites.values())
+        rows = sorted(counts.items(), key=lambda row: (row[0].op, row[0].implementation))
+        return "\n".join(f"{s.op:<18} {s.implementation:<16} {n:>4} sites  {s.reason}" for s, n in rows)
+
+
+def record(model: nn.Module, run: Callable[[], Any]) -> dict[str, Call]:
+    """Call `run()` (which runs `model`) and return the signature of the last call of every site that was reached."""
+    calls: dict[str, Call] = {}
+    handles = []
+    for path, site in _sites(model).items():
+
+        def note(module: nn.Module, args: Any, kwargs: Any, path: str = path) -> None:
+            assert isinstance(module, Site)
+            calls[path] = module.op.describe(*args, **kwargs)
+
+        handles.append(site.register_forward_pre_hook(note, with_kwargs=True))
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def resolve(
+    model: nn.Module, device: str, choice: Choice = "auto", calls: Mapping[str, Call] | None = None
+) -> Dispatch:
+    """Fix the implementation of every site of `model` on `device` ("cpu", "cuda").
+
+    `calls` are the recorded signatures (`record`); sites without one, and every site under `auto` on a CPU, take the
+    reference. Raises UnsupportedCallError for an explicit choice that does not exist or does not fit.
+    """
+    validate(choice)
+    sites = {}
+    for path, site in _sites(model).items():
+        call = (calls or {}).get(path) or Call(device=device, tensors={}, options={})
+        if calls is None or path not in calls:
+            picked, reason = site.op.implementations["reference"], "no recorded call"
+            if device == "cpu" and choice == "auto":
+                reason = "CPU: the reference is the implementation"
+        else:
+            picked = choose(site.op, call, choice)
+            reason = "chosen by the user" if choice != "auto" else f"first that fits on {device}"
+        sites[path] = Selected(site.op.name, picked.name, reason)
+    return Dispatch(sites)
+
+
+def _sites(model: nn.Module) -> dict[str, Site]:
+    return {path: module for path, module in model.named_modules() if isinstance(module, Site)}

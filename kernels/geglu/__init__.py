@@ -1,0 +1,1 @@
+"""The gated GELU of transformer feed-forward blocks."""

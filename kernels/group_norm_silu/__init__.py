@@ -1,0 +1,1 @@
+"""Group normalisation with optional bias, scale-shift and SiLU."""

@@ -1,0 +1,37 @@
+"""Torch reference of `group_norm_silu`: the definition of the op."""
+
+import torch
+import torch.nn.functional as F
+
+from ..op import same_layout
+
+
+def group_norm_silu(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    groups: int,
+    eps: float,
+    silu: bool = True,
+    pre_bias: torch.Tensor | None = None,
+    scale: torch.Tensor | None = None,
+    shift: torch.Tensor | None = None,
+    x2: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """silu(group_norm(cat(x, x2) + pre_bias) * (1 + scale) + shift) (Wu & He 2018, eq. 1).
+
+    x: [B, C1, H, W] or [B, C1, L]; x2: more channels of the same rows and sites, normalised as if concatenated after x.
+    weight, bias: [C] with C = C1 + C2; groups divides C; eps is added to the variance.
+    pre_bias: [B, C] or [1, C], added before the statistics (a time embedding); scale, shift: [B, C], after the affine
+    part. silu=False leaves the activation out. Returns [B, C, ...] in x's dtype and memory format.
+    """
+    joined = x if x2 is None else torch.cat([x, x2], 1)
+    sites = (1,) * (joined.dim() - 2)
+    if pre_bias is not None:
+        joined = joined + pre_bias.reshape(*pre_bias.shape, *sites)
+    y = F.group_norm(joined, groups, weight, bias, eps)
+    if scale is not None:
+        y = y * (1 + scale.reshape(*scale.shape, *sites))
+    if shift is not None:
+        y = y + shift.reshape(*shift.shape, *sites)
+    return same_layout(F.silu(y) if silu else y, x)

@@ -1,0 +1,1 @@
+"""Layer normalisation over the last dimension."""

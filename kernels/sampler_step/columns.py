@@ -1,0 +1,50 @@
+"""Layout of one line of a sampler table, shared by the planners (host, float64) and the op (device). No torch."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+HISTORY = 3
+"""Past values a row keeps. Three, plus the current one, is Adams-Bashforth of order four."""
+
+
+class Column(IntEnum):
+    """Where each coefficient stands in the last axis of a table. A line of zeros (LIVE = 0) is padding.
+
+    With F = sum_j w_j F_j (guidance), H_k the k-th newest history entry and xi_i the noise of update i:
+
+        D_raw = P x + Q F                  D = clamp(D_raw, -CLAMP, CLAMP)
+        x'    = A x + B D + B_RAW D_raw + G base + sum_k C_k H_k + S xi_i + SP xi_{i-1}
+        base' = A2 x + B2 D + G2 base + sum_k C2_k H_k + SP2 xi_{i-1}      unless KEEP_BASE
+        H'    = (EX x + ED D, H_1, H_2)                                    if PUSH
+    """
+
+    LIVE = 0
+    C_IN = 1
+    P = 2
+    Q = 3
+    CLAMP = 4
+    A = 5
+    B = 6
+    B_RAW = 7
+    G = 8
+    C1 = 9
+    C2 = 10
+    C3 = 11
+    S = 12
+    SP = 13
+    KEEP_BASE = 14
+    A2 = 15
+    B2 = 16
+    G2 = 17
+    C21 = 18
+    C22 = 19
+    C23 = 20
+    SP2 = 21
+    PUSH = 22
+    EX = 23
+    ED = 24
+    TIMESTEP = 25
+    ALPHA = 26
+    SIGMA = 27
+    STEP = 28

@@ -1,0 +1,157 @@
+"""The definition of `sampler_step` in plain torch, and of the noise it draws (Philox-4x32-10, Box-Muller).
+
+Fused by the kernel: guidance sum, denoised estimate, clamp, linear update of state and base, history push, noise, and
+the scaled network input of the next update. Every row has its own table and its own position in it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .columns import HISTORY, Column
+
+_MASK = 0xFFFFFFFF
+_KEY = (0x9E3779B9, 0xBB67AE85)
+_ROUND = (0xD2511F53, 0xCD9E8D57)
+_UNIFORM = 4.6566127342e-10  # just below 2^-31, so that the largest int32 stays below 1 in float32
+_TWO_PI = 6.283185307179586
+
+
+def sampler_step(
+    x: Tensor,
+    base: Tensor,
+    history: Tensor,
+    model_output: Tensor,
+    table: Tensor,
+    update: Tensor,
+    weights: Tensor,
+    seeds: Tensor,
+    extra_noise: Tensor | None = None,
+    noise_stream: int = 0,
+    draws: int = 2,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """One update of every row; formulas in `columns.Column`.
+
+    x             float32 or float64 [R, C, H, W]: the state. All arithmetic is in its dtype
+    base          like x: the state kept by multi-stage methods
+    history       like x [R, 3, C, H, W], newest first
+    model_output  any float [R, J, C, H, W]: the network's output for every guidance branch
+    table         float [R, U, len(Column)]: each row's plan, padded with lines of zeros
+    update        int64 [R]: the line each row is at
+    weights       like table [R, J]: guidance weight of every branch, any rescaling included
+    seeds         int64 [R]: noise is Philox(seed, element // 4, update, noise_stream, 0)[element % 4] as normals,
+                  elements counted over [C, H, W] in that order
+    extra_noise   like x [R, 2, C, H, W] or None: the noise of this and of the previous update, instead of Philox
+    draws         how many noises any row can need: 2 this and the previous update's, 1 this one's, 0 none (a saving for
+                  batches known to be deterministic; the rows' tables are trusted to agree)
+
+    Returns (x, base, history, network input of the next update c_in x, nonfinite bool [R]), all new tensors. A row
+    whose plan is over (a line of zeros, or an index outside the table) comes back unchanged, with c_in = 1. A term
+    whose coefficient is 0 is not read: NaN in an unused branch, base or history entry does no harm. No row depends on
+    another, and nothing waits for the device.
+    """
+    line, live = _line(table, update)
+    c = {column: line[:, column].to(x.dtype).reshape(-1, 1, 1, 1) for column in Column}
+    keep = ~live.reshape(-1, 1, 1, 1)
+
+    F = torch.zeros_like(x)
+    for j in range(model_output.shape[1]):
+        F = F + _term(weights[:, j].to(x.dtype).reshape(-1, 1, 1, 1), model_output[:, j].to(x.dtype))
+    raw = _term(c[Column.P], x) + _term(c[Column.Q], F)
+    D = torch.minimum(torch.maximum(raw, -c[Column.CLAMP]), c[Column.CLAMP])
+
+    noise = _noise(x, seeds, update, extra_noise, noise_stream, draws)
+    past = history.unbind(1)
+    x_new = _term(c[Column.A], x) + _term(c[Column.B], D) + _term(c[Column.B_RAW], raw) + _term(c[Column.G], base)
+    base_new = _term(c[Column.A2], x) + _term(c[Column.B2], D) + _term(c[Column.G2], base)
+    for k in range(HISTORY):
+        x_new = x_new + _term(c[Column(Column.C1 + k)], past[k])
+        base_new = base_new + _term(c[Column(Column.C21 + k)], past[k])
+    for coefficient, xi in zip((Column.S, Column.SP), noise, strict=False):
+        x_new = x_new + _term(c[coefficient], xi)
+    for xi in noise[1:]:
+        base_new = base_new + _term(c[Column.SP2], xi)
+    entry = _term(c[Column.EX], x) + _term(c[Column.ED], D)
+
+    x_new = torch.where(keep, x, x_new)
+    base_new = torch.where(keep | (c[Column.KEEP_BASE] != 0), base, base_new)
+    pushed = torch.stack((entry, *past[: HISTORY - 1]), dim=1)
+    history_new = torch.where((keep | (c[Column.PUSH] == 0)).unsqueeze(1), history, pushed)
+
+    following, more = _line(table, update + 1)
+    c_in = torch.where(live & more, following[:, Column.C_IN], 1.0).to(x.dtype).reshape(-1, 1, 1, 1)
+    nonfinite = live & ~torch.isfinite(x_new).flatten(1).all(dim=1)
+    return x_new, base_new, history_new, c_in * x_new, nonfinite
+
+
+def _line(table: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
+    """Each row's line [R, len(Column)], and whether there is one."""
+    lines = table.shape[1]
+    index = update.clamp(0, lines - 1).reshape(-1, 1, 1).expand(-1, 1, table.shape[2])
+    line = table.gather(1, index).squeeze(1)
+    return line, (update >= 0) & (update < lines) & (line[:, Column.LIVE] != 0)
+
+
+def _term(coefficient: Tensor, value: Tensor) -> Tensor:
+    """coefficient * value, and 0 where the coefficient is 0 whatever the value."""
+    return torch.where(coefficient == 0, 0.0, coefficient * value)
+
+
+def _noise(
+    x: Tensor, seeds: Tensor, update: Tensor, extra: Tensor | None, stream: int, draws: int
+) -> tuple[Tensor, ...]:
+    if extra is not None:
+        return extra.to(x.dtype).unbind(1)[:draws]
+    size = list(x.shape[1:])
+    return tuple(philox_normal(seeds, update - k, size, stream).to(x.dtype) for k in range(draws))
+
+
+def philox(seeds: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Philox-4x32-10 (Salmon et al. 2011) keyed by the two halves of `seeds`, bit for bit Triton's `tl.philox`.
+
+    All arguments int64, broadcastable; counters are taken modulo 2^32. Returns four int64 tensors in [0, 2^32).
+    """
+    k0, k1 = seeds & _MASK, (seeds >> 32) & _MASK
+    c0, c1, c2, c3 = (c & _MASK for c in torch.broadcast_tensors(c0, c1, c2, c3))
+    for _ in range(10):
+        high_a, low_a = _multiply(c0, _ROUND[0])
+        high_b, low_b = _multiply(c2, _ROUND[1])
+        c0, c1, c2, c3 = high_b ^ c1 ^ k0, low_b, high_a ^ c3 ^ k1, low_a
+        k0, k1 = (k0 + _KEY[0]) & _MASK, (k1 + _KEY[1]) & _MASK
+    return c0, c1, c2, c3
+
+
+def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
+    """High and low 32 bits of a * b for 32-bit a, b in int64. In two halves: the full product overflows int64."""
+    low = (a & 0xFFFF) * b
+    rest = (a >> 16) * b + (low >> 16)
+    return rest >> 16, ((rest & 0xFFFF) << 16) | (low & 0xFFFF)
+
+
+def uniform(bits: Tensor) -> Tensor:
+    """int64 in [0, 2^32) to float32 in [0, 1), Triton's `uint_to_uniform_float`: fold the sign of the int32, scale."""
+    signed = torch.where(bits >= 1 << 31, (1 << 32) - 1 - bits, bits)
+    return signed.to(torch.float32) * _UNIFORM
+
+
+def box_muller(u1: Tensor, u2: Tensor) -> tuple[Tensor, Tensor]:
+    """Two uniforms to two normals, float32, as Triton's `pair_uniform_to_normal`."""
+    radius = torch.sqrt(-2.0 * torch.log(u1.clamp_min(1.0e-7)))
+    angle = _TWO_PI * u2
+    return radius * torch.cos(angle), radius * torch.sin(angle)
+
+
+def philox_normal(seeds: Tensor, update: Tensor, size: list[int], stream: int = 0) -> Tensor:
+    """Unit normals float32 [R, *size] of row seeds int64 [R] at update int64 [R]; element e of a row is lane e % 4 of
+    counter (e // 4, update, stream, 0)."""
+    count = 1
+    for n in size:
+        count *= n
+    blocks = torch.arange((count + 3) // 4, device=seeds.device).unsqueeze(0)
+    zero = torch.zeros_like(blocks)
+    bits = philox(seeds.unsqueeze(1), blocks, update.unsqueeze(1), zero + stream, zero)
+    u = [uniform(b) for b in bits]
+    lanes = (*box_muller(u[0], u[1]), *box_muller(u[2], u[3]))
+    flat = torch.stack(lanes, dim=-1).flatten(1)
+    return flat[:, :count].reshape(seeds.shape[0], *size)

@@ -1,0 +1,106 @@
+"""Tiny complete diffusers pipelines: tokenizers, text encoders, scheduler, autoencoder, U-Net, as folders."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from .networks import CONTROLNETS, SD, SD2, SDXL, vae
+from .random_weights import randomize
+
+SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+MERGES = (("p", "h"), ("ph", "o"), ("o", "f</w>"), ("c", "a"), ("ca", "t</w>"), ("t", "o</w>"))
+
+
+def tokenizer() -> CLIPTokenizer:
+    """A byte-level CLIP tokenizer with a handful of merges; end of text is the largest id, as in CLIP's own."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = [b for b in range(256) if b not in printable]
+    alphabet = [chr(b) for b in printable] + [chr(256 + i) for i in range(len(rest))]
+    words = alphabet + [letter + "</w>" for letter in alphabet] + [a + b for a, b in MERGES]
+    words += ["<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {word: i for i, word in enumerate(dict.fromkeys(words))}
+    return CLIPTokenizer(vocab=vocabulary, merges=list(MERGES), model_max_length=77)
+
+
+def text_config(activation: str) -> CLIPTextConfig:
+    """A small CLIP text encoder; eos_token_id 2 is what published configurations say, true or not."""
+    vocabulary = tokenizer().get_vocab()
+    return CLIPTextConfig(
+        vocab_size=len(vocabulary),
+        hidden_size=32,
+        intermediate_size=128,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        projection_dim=32,
+        hidden_act=activation,
+        max_position_embeddings=77,
+        bos_token_id=vocabulary["<|startoftext|>"],
+        eos_token_id=2,
+        pad_token_id=1,
+    )
+
+
+def _sd(
+    unet: dict[str, Any], activation: str, scheduler: Any, cls: str = "StableDiffusionPipeline", **more: Any
+) -> Any:
+    return getattr(diffusers, cls)(
+        vae=diffusers.AutoencoderKL(**vae()),
+        text_encoder=CLIPTextModel(text_config(activation)),
+        tokenizer=tokenizer(),
+        unet=diffusers.UNet2DConditionModel(**unet),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        image_encoder=None,
+        requires_safety_checker=False,
+        **more,
+    )
+
+
+def _sd15() -> Any:
+    return _sd(SD, "quick_gelu", diffusers.PNDMScheduler(**SCHEDULE, skip_prk_steps=True, set_alpha_to_one=False))
+
+
+def _sd2_v() -> Any:
+    scheduler = diffusers.DDIMScheduler(
+        **SCHEDULE, clip_sample=False, set_alpha_to_one=False, prediction_type="v_prediction"
+    )
+    return _sd(SD2, "gelu", scheduler)
+
+
+def _sdxl() -> Any:
+    return diffusers.StableDiffusionXLPipeline(
+        vae=diffusers.AutoencoderKL(**vae(scaling_factor=0.13025)),
+        text_encoder=CLIPTextModel(text_config("quick_gelu")),
+        tokenizer=tokenizer(),
+        text_encoder_2=CLIPTextModelWithProjection(text_config("gelu")),
+        tokenizer_2=tokenizer(),
+        unet=diffusers.UNet2DConditionModel(**SDXL),
+        scheduler=diffusers.EulerDiscreteScheduler(**SCHEDULE, timestep_spacing="leading"),
+        add_watermarker=False,
+    )
+
+
+def _sd15_controlnet() -> Any:
+    scheduler = diffusers.PNDMScheduler(**SCHEDULE, skip_prk_steps=True, set_alpha_to_one=False)
+    control = diffusers.ControlNetModel(**CONTROLNETS["sd15"])
+    return _sd(SD, "quick_gelu", scheduler, "StableDiffusionControlNetPipeline", controlnet=control)
+
+
+PIPELINES = {"sd15": _sd15, "sd2_v": _sd2_v, "sdxl": _sdxl, "sd15_controlnet": _sd15_controlnet}
+
+
+def build_pipeline(name: str, folder: Path) -> None:
+    """Build, randomise and save the pipeline `name` of PIPELINES in float16."""
+    logging.getLogger("diffusers").setLevel(logging.ERROR)
+    pipeline = PIPELINES[name]()
+    for component, module in pipeline.components.items():
+        if isinstance(module, torch.nn.Module):
+            randomize(module, f"{name}.{component}")
+    pipeline.to(torch.float16).save_pretrained(folder)
