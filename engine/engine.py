@@ -39,6 +39,7 @@ class Ticket:
     warnings: tuple[str, ...] = ()
     done: dict[int, int] = field(default_factory=dict)
     latents: dict[int, torch.Tensor] = field(default_factory=dict)
+    bad: bool = False
     timings: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -259,23 +260,27 @@ class Engine:
 
     def _collect(self, bucket: Any, batch: Batch) -> None:
         """Take finished rows out of the batch; end the jobs that have all their rows."""
-        stay = []
+        stay, gone = [], []
         for position, (ticket, index) in enumerate(batch.owners):
             if ticket.done[index] < ticket.updates:
                 stay.append(position)
             else:
+                gone.append((ticket, index))
                 ticket.latents[index] = batch.x[position]
-                if batch.bad[position]:
-                    raise NumericsError(
-                        f"NaN or Inf in the latents of seed {ticket.settled.seeds[index]} "
-                        f"({self.components.config.dtype}); try dtype='float32', or a lower guidance_scale"
-                    )
-        if len(stay) < len(batch):
-            gone = [owner for position, owner in enumerate(batch.owners) if position not in set(stay)]
-            self._leave(bucket, batch, stay, gone)
-            for ticket in dict.fromkeys(owner[0] for owner in gone):
-                if len(ticket.latents) == len(ticket.settled.seeds):
+                ticket.bad |= bool(batch.bad[position])
+        if not gone:
+            return
+        self._leave(bucket, batch, stay, gone)
+        for ticket in dict.fromkeys(ticket for ticket, _ in gone):
+            if ticket.bad:
+                dtype = str(self.components.config.dtype).removeprefix("torch.")
+                hint = "a lower guidance_scale" if dtype == "float32" else "dtype='float32'"
+                self._fail([ticket], NumericsError(f"NaN or Inf in the latents ({dtype}); try {hint}"))
+            elif len(ticket.latents) == len(ticket.settled.seeds):
+                try:
                     self._finish(ticket)
+                except Exception as error:  # boundary: a failed decode or safety hook ends its own job
+                    self._fail([ticket], error)
 
     def _leave(self, bucket: Any, batch: Batch, stay: list[int], gone: list[Row]) -> None:
         self._scheduler.remove(gone)

@@ -36,8 +36,8 @@ def encode(parts: Components, batch: Sequence[Settled]) -> list[tuple[Conditioni
         return [(_label_conditioning(parts, one), ()) for one in batch]
     prompts = _PromptSet(parts)
     for one in batch:
-        for text in _texts(parts, one):
-            prompts.add(text, one.request.clip_skip)
+        for text, skip in _texts(parts, one):
+            prompts.add(text, skip)
     prompts.encode()
     return [_text_conditioning(parts, one, prompts) for one in batch]
 
@@ -116,15 +116,18 @@ def _label_conditioning(parts: Components, settled: Settled) -> Conditioning:
     return Conditioning(class_labels=torch.tensor(chosen, dtype=torch.int64, device=parts.config.device))
 
 
-def _texts(parts: Components, settled: Settled) -> list[tuple[str, str]]:
-    """(text for the first encoder, text for the second) of each branch that must be encoded."""
+def _texts(parts: Components, settled: Settled) -> list[tuple[tuple[str, str], int | None]]:
+    """(texts for the two encoders, clip_skip) of each branch that must be encoded.
+
+    clip_skip holds for the prompt only, as in diffusers; the negative prompt always takes the default layer.
+    """
     request = settled.request
-    texts = []
+    texts: list[tuple[tuple[str, str], int | None]] = []
     if request.prompt is not None:
-        texts.append((request.prompt, request.prompt_2 or request.prompt))
+        texts.append(((request.prompt, request.prompt_2 or request.prompt), request.clip_skip))
     if settled.branches == 2 and request.negative_prompt_embeds is None and not _zero_negative(parts, request):
         negative = request.negative_prompt or ""
-        texts.append((negative, request.negative_prompt_2 or negative))
+        texts.append(((negative, request.negative_prompt_2 or negative), None))
     return texts
 
 
@@ -162,8 +165,12 @@ def _text_conditioning(
 ) -> tuple[Conditioning, tuple[str, ...]]:
     request, n = settled.request, len(settled.seeds)
     texts = _texts(parts, settled)
-    cut = [f"the prompt is too long for the text encoder; ignored: {part!r}" for t in texts for part in prompts.cut[t]]
-    encoded = iter([prompts.found[text, request.clip_skip] for text in texts])
+    cut = [
+        f"the prompt is too long for the text encoder; ignored: {part!r}"
+        for text, _ in texts
+        for part in prompts.cut[text]
+    ]
+    encoded = iter([prompts.found[key] for key in texts])
     if request.prompt_embeds is None:
         positive = next(encoded)
     else:

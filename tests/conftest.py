@@ -35,7 +35,7 @@ def reference_network(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str
 
 @pytest.fixture(scope="session")
 def reference_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """name ("sd15", "sd2_v", "sdxl") -> the folder of a complete pipeline in float16."""
+    """name ("sd15", "sd2_v", "sdxl") -> the folder of a complete pipeline in float32."""
     from reference.pipelines import build_pipeline
 
     built: dict[str, Path] = {}

@@ -1,26 +1,21 @@
-"""Samplers: whole trajectories against diffusers in float64 and float32, convergence order, moments, errors."""
+"""Samplers: whole trajectories against diffusers, in float64 and as it ships."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import diffusers
 import numpy as np
 import pytest
 import torch
+from reference.sampling import draw, network, run, worst
 from reference.schedulers import make, trajectory
-from torch import Tensor
 
-from stepfuse.engine.errors import CheckpointError, RequestError
 from stepfuse.engine.sampling.names import CLASS_NAMES, SAMPLERS
 from stepfuse.engine.sampling.planning import make_plan
 from stepfuse.engine.sampling.scheduler_config import SchedulerConfig
 from stepfuse.engine.sampling.update import Plan
-from stepfuse.kernels.sampler_step.reference import sampler_step
 
-SHAPE = (1, 2, 3, 5)
 SD15 = {
     "_class_name": "PNDMScheduler",
     "beta_start": 0.00085,
@@ -76,41 +71,6 @@ CONFIGS = {
     "cosine": COSINE,
     "bare": BARE,
 }
-
-
-def network(x: Tensor, timestep: float) -> Tensor:
-    """A smooth function of the scaled input and the timestep, so that both are tested too."""
-    return 0.7 * torch.tanh(0.8 * x + 0.3 * math.sin(0.01 * timestep)) + 0.2 * torch.cos(x.roll(1, -1))
-
-
-def draw(count: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(SHAPE, generator=generator, dtype=torch.float64).to(dtype) for _ in range(count)]
-
-
-def run(plan: Plan, x: Tensor, call: Callable[[Tensor, float], Tensor], noises: Sequence[Tensor] = ()) -> list[Tensor]:
-    """The state after every update, from x (already scaled), one row."""
-    table = torch.from_numpy(plan.table()).to(x.dtype).unsqueeze(0)
-    base, history = torch.zeros_like(x), torch.zeros(1, 3, *x.shape[1:], dtype=x.dtype)
-    model_input, states = plan.updates[0].c_in * x, []
-    weights, seeds = torch.ones(1, 1, dtype=x.dtype), torch.zeros(1, dtype=torch.int64)
-    for i, timestep in enumerate(plan.timesteps):
-        output = call(model_input, timestep).unsqueeze(1)
-        noise = torch.stack((noises[i], noises[i - 1]), 1) if noises else torch.zeros(1, 2, *x.shape[1:], dtype=x.dtype)
-        position = torch.tensor([i])
-        x, base, history, model_input, bad = sampler_step(
-            x, base, history, output, table, position, weights, seeds, extra_noise=noise
-        )
-        assert not bad.any()
-        states.append(x.double())
-    return states
-
-
-def worst(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
-    """Largest relative difference over a trajectory."""
-    assert len(ours) == len(theirs)
-    pairs = zip(ours, theirs, strict=True)
-    return max(float((a - b).abs().max() / max(1.0, float(b.square().mean().sqrt()))) for a, b in pairs)
 
 
 def compare(

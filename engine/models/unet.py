@@ -41,8 +41,9 @@ class Prepared:
 
     def index_select(self, rows: Tensor) -> Prepared:
         """The rows listed in `rows` (int64 [n])."""
-        pick = {name: None if t is None else t.index_select(0, rows) for name, t in vars(self).items()}
-        return Prepared(**pick)
+        kv = None if self.kv is None else self.kv.index_select(0, rows)
+        kv_len = None if self.kv_len is None else self.kv_len.index_select(0, rows)
+        return Prepared(time=self.time.index_select(0, rows), kv=kv, kv_len=kv_len)
 
     @staticmethod
     def cat(parts: Sequence[Prepared]) -> Prepared:

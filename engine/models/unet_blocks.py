@@ -41,7 +41,8 @@ class ResBlock(nn.Module):
         self, in_channels: int, channels: int, options: BlockOptions, resample: Literal["up", "down"] | None = None
     ) -> None:
         super().__init__()
-        self.resample, self.scale_shift = resample, options.scale_shift
+        self.resample: Literal["up", "down"] | None = resample
+        self.scale_shift = options.scale_shift
         self.norm1 = GroupNorm(in_channels, options.groups, options.eps)
         self.conv1 = nn.Conv2d(in_channels, channels, 3, padding=1)
         self.time_emb_proj = None

@@ -30,7 +30,7 @@ _XL = _CONDITIONAL | {
     "vae": "AutoencoderKL",
     "unet.addition_embed_type": "text_time",
 }
-SIGNATURES: dict[str, dict[str, Expected]] = {
+SIGNATURES: dict[str, Mapping[str, Expected]] = {
     "sd": _SD | {"extra_channels": 0, "unet.num_class_embeds": "absent", "unet.time_cond_proj_dim": "absent"},
     "sd_lcm": _SD | {"extra_channels": 0, "unet.num_class_embeds": "absent", "unet.time_cond_proj_dim": "present"},
     "sd_inpaint": _SD | {"extra_channels": 5, "unet.num_class_embeds": "absent"},  # mask and masked latents

@@ -47,8 +47,9 @@ def load_weights(
                 finite[a.key] = torch.isfinite(value).all()
                 _store(module, a.name, value)
     if bad := [key for key, ok in finite.items() if not ok.item()]:
+        precision = str(dtype).removeprefix("torch.")
         raise NumericsError(
-            f"{what}: {len(bad)} tensors hold NaN or Inf in {str(dtype).removeprefix('torch.')}: {', '.join(bad[:20])}; "
+            f"{what}: {len(bad)} tensors hold NaN or Inf in {precision}: {', '.join(bad[:20])}; "
             "fetch the checkpoint again, or load it in float32 if it is stored so"
         )
     _compute_buffers(module, device, what)

@@ -6,14 +6,27 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.controlnets.controlnet import ControlNetModel
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.pipelines.controlnet.pipeline_controlnet import StableDiffusionControlNetPipeline
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
+from diffusers.schedulers.scheduling_pndm import PNDMScheduler
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from .networks import CONTROLNETS, SD, SD2, SDXL, vae
 from .random_weights import randomize
 
-SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+SCHEDULE: dict[str, Any] = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "steps_offset": 1,
+}
 MERGES = (("p", "h"), ("ph", "o"), ("o", "f</w>"), ("c", "a"), ("ca", "t</w>"), ("t", "o</w>"))
 
 
@@ -25,7 +38,8 @@ def tokenizer() -> CLIPTokenizer:
     words = alphabet + [letter + "</w>" for letter in alphabet] + [a + b for a, b in MERGES]
     words += ["<|startoftext|>", "<|endoftext|>"]
     vocabulary = {word: i for i, word in enumerate(dict.fromkeys(words))}
-    return CLIPTokenizer(vocab=vocabulary, merges=list(MERGES), model_max_length=77)
+    merges: Any = list(MERGES)  # pairs are what the class takes, whatever its annotation says
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=77)
 
 
 def text_config(activation: str) -> CLIPTextConfig:
@@ -46,14 +60,12 @@ def text_config(activation: str) -> CLIPTextConfig:
     )
 
 
-def _sd(
-    unet: dict[str, Any], activation: str, scheduler: Any, cls: str = "StableDiffusionPipeline", **more: Any
-) -> Any:
-    return getattr(diffusers, cls)(
-        vae=diffusers.AutoencoderKL(**vae()),
+def _sd(unet: dict[str, Any], activation: str, scheduler: Any, cls: Any = StableDiffusionPipeline, **more: Any) -> Any:
+    return cls(
+        vae=AutoencoderKL(**vae()),
         text_encoder=CLIPTextModel(text_config(activation)),
         tokenizer=tokenizer(),
-        unet=diffusers.UNet2DConditionModel(**unet),
+        unet=UNet2DConditionModel(**unet),
         scheduler=scheduler,
         safety_checker=None,
         feature_extractor=None,
@@ -64,43 +76,42 @@ def _sd(
 
 
 def _sd15() -> Any:
-    return _sd(SD, "quick_gelu", diffusers.PNDMScheduler(**SCHEDULE, skip_prk_steps=True, set_alpha_to_one=False))
+    return _sd(SD, "quick_gelu", PNDMScheduler(**SCHEDULE, skip_prk_steps=True, set_alpha_to_one=False))
 
 
 def _sd2_v() -> Any:
-    scheduler = diffusers.DDIMScheduler(
-        **SCHEDULE, clip_sample=False, set_alpha_to_one=False, prediction_type="v_prediction"
-    )
+    scheduler = DDIMScheduler(**SCHEDULE, clip_sample=False, set_alpha_to_one=False, prediction_type="v_prediction")
     return _sd(SD2, "gelu", scheduler)
 
 
 def _sdxl() -> Any:
-    return diffusers.StableDiffusionXLPipeline(
-        vae=diffusers.AutoencoderKL(**vae(scaling_factor=0.13025)),
+    scheduler: Any = EulerDiscreteScheduler(**SCHEDULE, timestep_spacing="leading")
+    return StableDiffusionXLPipeline(
+        vae=AutoencoderKL(**vae(scaling_factor=0.13025)),
         text_encoder=CLIPTextModel(text_config("quick_gelu")),
         tokenizer=tokenizer(),
         text_encoder_2=CLIPTextModelWithProjection(text_config("gelu")),
         tokenizer_2=tokenizer(),
-        unet=diffusers.UNet2DConditionModel(**SDXL),
-        scheduler=diffusers.EulerDiscreteScheduler(**SCHEDULE, timestep_spacing="leading"),
+        unet=UNet2DConditionModel(**SDXL),
+        scheduler=scheduler,
         add_watermarker=False,
     )
 
 
 def _sd15_controlnet() -> Any:
-    scheduler = diffusers.PNDMScheduler(**SCHEDULE, skip_prk_steps=True, set_alpha_to_one=False)
-    control = diffusers.ControlNetModel(**CONTROLNETS["sd15"])
-    return _sd(SD, "quick_gelu", scheduler, "StableDiffusionControlNetPipeline", controlnet=control)
+    scheduler = PNDMScheduler(**SCHEDULE, skip_prk_steps=True, set_alpha_to_one=False)
+    control = ControlNetModel(**CONTROLNETS["sd15"])
+    return _sd(SD, "quick_gelu", scheduler, StableDiffusionControlNetPipeline, controlnet=control)
 
 
 PIPELINES = {"sd15": _sd15, "sd2_v": _sd2_v, "sdxl": _sdxl, "sd15_controlnet": _sd15_controlnet}
 
 
 def build_pipeline(name: str, folder: Path) -> None:
-    """Build, randomise and save the pipeline `name` of PIPELINES in float16."""
+    """Build, randomise and save the pipeline `name` of PIPELINES in float32 (values that float16 holds exactly)."""
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     pipeline = PIPELINES[name]()
     for component, module in pipeline.components.items():
         if isinstance(module, torch.nn.Module):
             randomize(module, f"{name}.{component}")
-    pipeline.to(torch.float16).save_pretrained(folder)
+    pipeline.save_pretrained(folder)

@@ -28,7 +28,7 @@ def plan_ddpm(levels: Levels, *, variance: str = "fixed_small") -> list[Update]:
     """Ancestral sampling (Ho et al. 2020, equation 7): x' = mean of q(x' | x, D) + S xi.
 
     `variance`: fixed_small, fixed_small_log: the posterior deviation; fixed_large, fixed_large_log: sqrt(beta_t). As in
-    diffusers no noise is drawn at timestep 0. diffusers' fixed_large_log takes the root of a logarithm, which is NaN;
+    diffusers the last step draws no noise if it is at timestep 0. diffusers' fixed_large_log takes the root of a logarithm, which is NaN;
     here it is fixed_large, what the name meant in GLIDE.
     """
     updates = []
@@ -36,7 +36,15 @@ def plan_ddpm(levels: Levels, *, variance: str = "fixed_small") -> list[Update]:
         small = posterior_deviation(at, to)
         noise = math.sqrt(1.0 - (at.alpha / to.alpha) ** 2) if variance.startswith("fixed_large") else small
         A = math.sqrt(max(to.sigma**2 - small**2, 0.0)) / at.sigma
-        updates.append(evaluation(levels, i, A=A, B=to.alpha - at.alpha * A, S=noise if at.timestep > 0 else 0.0))
+        updates.append(
+            evaluation(
+                levels,
+                i,
+                A=A,
+                B=to.alpha - at.alpha * A,
+                S=0.0 if to is levels.to[-1] and at.timestep == 0.0 else noise,
+            )
+        )
     return updates
 
 
