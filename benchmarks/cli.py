@@ -44,7 +44,7 @@ def latency(
     workload = Workload(model=model, prompt=prompt, n=n, repeats=repeats, warmup=warmup, options=chosen)
     with Engine.load(model, device=device, dtype=dtype) as engine:
         facts = measure(engine, workload)
-        place = str(engine.components.device)
+        place = str(engine.components.config.device)
     record = {"time": harness.now(), "fingerprint": harness.fingerprint(place), "latency": facts}
     if save:
         harness.append(save, record)

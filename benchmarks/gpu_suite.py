@@ -44,6 +44,7 @@ PARTS = (
     Part("gemm", "gemms", 120, "matrix products at the models' shapes"),
     Part("conv", "convs", 120, "convolutions at the models' shapes"),
     Part("unet", "unets", 480, "diffusers U-Net baselines: eager, graph, cuDNN attention, compiled"),
+    Part("unet-own", "own_unets", 180, "our own U-Net graphs, the same evaluations"),
     Part("vae", "vaes", 180, "decoding: dtype, layout, folding, compilation"),
     Part("latency", "latencies", 60, "our engine, end to end, with the built-in model"),
     Part("tests", "gpu_tests", 180, "the GPU tests"),

@@ -151,7 +151,7 @@ def _check_parts(family: Family, modules: Mapping[str, nn.Module], checkpoint: C
     """The parts must fit each other: prompt width, latent channels, and no output this engine does not use."""
     unet, vae = modules["unet"], modules.get("vae")
     assert isinstance(unet, UNet)
-    encoders = [module for name, module in modules.items() if name.startswith("text_encoder")]
+    encoders: list[Any] = [module for name, module in modules.items() if name.startswith("text_encoder")]
     if family.text != "none" and not encoders:
         raise CheckpointError(f"{checkpoint.root}: no text encoder in model_index.json, but {family.name} needs one")
     width = sum(encoder.config.hidden_size for encoder in encoders)

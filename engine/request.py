@@ -83,11 +83,12 @@ class Request:
             raise RequestError(f"{name}: got {value!r}, expected a whole number >= {low}")
 
     def _check_number(self, name: str) -> None:
-        value = getattr(self, name)
+        value: Any = getattr(self, name)
         if value is None and name in ("guidance_scale", "eta"):
             return
-        finite = isinstance(value, (int, float)) and not isinstance(value, bool) and not math.isnan(value)
-        if not finite or value < 0 or (math.isinf(value) and name != "s_tmax"):
+        number = float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+        # NaN fails the comparison, so it is refused, too
+        if not number >= 0 or (number == math.inf and name != "s_tmax"):
             raise RequestError(f"{name}: got {value!r}, expected a finite number >= 0")
 
 
@@ -100,11 +101,10 @@ def build_request(prompt: str | Request | None, options: Mapping[str, Any]) -> R
     for name in options:
         if name not in valid:
             raise RequestError(f"unknown request field {name!r}: {closest(name, valid)}")
+    values: dict[str, Any] = {"prompt": prompt}
     if isinstance(prompt, Request):
-        return Request(**({name: getattr(prompt, name) for name in valid} | dict(options)))
-    if prompt is not None and not isinstance(prompt, str):
-        raise RequestError(f"prompt: got {type(prompt).__name__}, expected text, a Request, or a list of them")
-    return Request(**({"prompt": prompt} | dict(options)))
+        values = {name: getattr(prompt, name) for name in valid}
+    return Request(**values | dict(options))
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

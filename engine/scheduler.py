@@ -42,7 +42,7 @@ class Scheduler(Generic[Row]):
 
     def admit(self) -> list[tuple[Row, Hashable]]:
         """Move waiting rows to running, in order of arrival, while there is room; returns the ones that moved."""
-        moved = []
+        moved: list[tuple[Row, Hashable]] = []
         room = self.max_rows - self.running
         while self._waiting and room > 0:
             row, bucket = self._waiting.popleft()

@@ -114,3 +114,31 @@ def test_unknown_structures_are_refused() -> None:
         ControlNetConfig.from_diffusers({"controlnet_conditioning_channel_order": "grb"})
     with pytest.raises(CheckpointError, match="act_fn='gelu'"):
         ControlNetConfig.from_diffusers({"_class_name": "ControlNetModel", "act_fn": "gelu"})
+
+
+XL = {
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "block_out_channels": [320, 640, 1280],
+    "cross_attention_dim": 2048,
+    "attention_head_dim": [5, 10, 20],
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "parameters", "tensors"),
+    [
+        ({"cross_attention_dim": 768}, 361_279_120, 340),
+        (XL | {"transformer_layers_per_block": [1, 2, 10]}, 1_251_014_160, 844),
+        (XL | {"transformer_layers_per_block": [0, 0, 1]}, 272_586_000, 224),
+    ],
+    ids=["sd15", "sdxl", "sdxl_mid"],
+)
+def test_published_sizes(config: dict[str, Any], parameters: int, tensors: int) -> None:
+    parsed = ControlNetConfig.from_diffusers({"_class_name": "ControlNetModel"} | config)
+    with torch.device("meta"):
+        net = ControlNet(parsed)
+    assert sum(p.numel() for p in net.parameters()) == parameters
+    assert len(net.state_dict()) == tensors

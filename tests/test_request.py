@@ -44,7 +44,7 @@ def test_impossible_values_are_refused_with_what_was_expected(options: dict, mes
 def test_unknown_field_names_the_closest_one() -> None:
     with pytest.raises(RequestError, match="unknown request field 'guidence_scale': did you mean 'guidance_scale'"):
         build_request("a cat", {"guidence_scale": 2})
-    with pytest.raises(RequestError, match="prompt: got int"):
+    with pytest.raises(RequestError, match="prompt: got int, expected text"):
         build_request(3, {})  # type: ignore[arg-type]
 
 

@@ -131,7 +131,7 @@ def test_other_samplers_keep_the_checkpoint_settings(name: str, sampler: str) ->
             continue
         _, gap, error = compare(config, sampler, steps)
         assert gap <= 1e-9
-        # The cosine table starts at sigma 20291: float64 rounding of x itself is 4e-12, and Heun multiplies slopes by it.
+        # The cosine table starts at sigma 20291: float64 rounds x there by 4e-12, and Heun multiplies slopes by sigma.
         assert error <= (1e-8 if name == "cosine" else 1e-12)
 
 

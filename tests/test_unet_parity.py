@@ -320,3 +320,49 @@ def test_published_sizes(name: str, parameters: int, tensors: int) -> None:
         unet = UNet(UNetConfig.from_diffusers(published(name)))
     assert sum(p.numel() for p in unet.parameters()) == parameters
     assert len(unet.state_dict()) == tensors
+
+
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+@torch.inference_mode()
+def test_an_update_reads_no_value_on_the_host(name: str) -> None:
+    """A full-size network runs on the meta device, where any look at a value raises, and keeps its shapes."""
+    config = UNetConfig.from_diffusers(published(name))
+    rows, xl = 3, name == "sdxl"
+    with torch.device("meta"):
+        unet = UNet(config).half()
+        cond = Conditioning(
+            hidden=torch.empty(rows, 77, config.blocks.cross_dim or 0),
+            pooled=torch.empty(rows, 1280) if xl else None,
+            time_ids=torch.empty(rows, 6) if xl else None,
+            kv_len=torch.empty(rows, dtype=torch.int32),
+        )
+        prepared = unet.prepare(cond, torch.empty(rows, 30))
+        out = unet(torch.empty(rows, 4, 64, 96), prepared, torch.empty(rows, dtype=torch.int64))
+    assert out.shape == (rows, 4, 64, 96)
+    assert out.dtype == torch.float16
+    assert prepared.kv is not None
+    kv_per_row = prepared.kv[0].numel() * 2
+    assert kv_per_row == {"sd15": 77 * 2 * 2 * 12_480, "sdxl": 77 * 2 * 2 * (10 * 640 + 60 * 1280)}[name]
+
+
+def test_an_update_traces_without_breaks(reference_network: Any) -> None:
+    """torch.export sees one graph, whatever the rows' updates are."""
+    unet = ours(reference_network("unet/sd15")[1], dtype=torch.float32)
+    assert isinstance(unet, UNet)
+    prepared = unet.prepare(conditioning(unet.config, 2), torch.tensor([[900.0, 400.0], [800.0, 1.0]]))
+    assert prepared.kv is not None
+
+    class Update(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.unet = unet
+
+        def forward(self, latents: Tensor, time: Tensor, kv: Tensor, update: Tensor) -> Tensor:
+            return self.unet(latents, Prepared(time=time, kv=kv), update)
+
+    latents = normal("latents", 2, 4, 16, 16).float()
+    args = (latents, prepared.time, prepared.kv, torch.tensor([0, 1]))
+    program = torch.export.export(Update(), args)
+    swapped = torch.tensor([1, 0])
+    got = program.module()(latents, prepared.time, prepared.kv, swapped)
+    assert error(got, unet(latents, prepared, swapped)) <= 1e-5

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from reference.networks import VAES
+from reference.networks import VAES, build_network
 from reference.parity import GATE, error, ours
 from reference.random_weights import normal
 from torch import Tensor
 
 from stepfuse.engine.errors import CheckpointError
-from stepfuse.engine.models.vae import AutoencoderKL, Gaussian, VAEConfig, VQModel, from_model, to_model
+from stepfuse.engine.models.vae import AutoencoderKL, VAEConfig, VQModel, from_model, to_model
 from stepfuse.engine.models.vae_tiling import sliced, tiled
 
 SIZES = {"square": (8, 8), "odd": (5, 7)}
@@ -57,14 +58,20 @@ def test_vq_without_snapping(reference_network: Any) -> None:
     assert error(loose, vae.decode(latents)) > 0.01  # snapping is no identity on these latents
 
 
-def test_logvar_is_clamped_as_in_diffusers() -> None:
-    from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-
-    moments = normal("moments", 1, 8, 2, 2) * 100
-    mean, logvar = moments.chunk(2, 1)
-    got = Gaussian(mean, logvar.clamp(-30.0, 20.0))
-    assert torch.equal(got.logvar, DiagonalGaussianDistribution(moments).logvar)
-    assert (logvar.abs() > 30).any()
+@torch.inference_mode()
+def test_logvar_is_clamped_as_in_diffusers(tmp_path: Path) -> None:
+    module: Any = build_network("vae/f4", tmp_path)
+    vae = ours(tmp_path)
+    assert isinstance(vae, AutoencoderKL)
+    assert vae.quant_conv is not None
+    for conv in (module.quant_conv, vae.quant_conv):
+        assert isinstance(conv.bias, torch.nn.Parameter)
+        conv.bias[4:6] += 100
+        conv.bias[6:] -= 100
+    images = normal("images", 1, 3, 8, 8)
+    got = vae.encode(images).logvar
+    assert torch.equal(got, module.encode(images).latent_dist.logvar)
+    assert (float(got.min()), float(got.max())) == (-30.0, 20.0)
 
 
 @pytest.fixture(scope="module")
@@ -163,3 +170,35 @@ def test_flags_for_the_caller() -> None:
     assert VAEConfig.from_diffusers({}).force_upcast
     assert not VAEConfig.from_diffusers({"_class_name": "AutoencoderKL", "force_upcast": False}).force_upcast
     assert VAEConfig.from_diffusers(VAES["f4"][1]).factor == 4
+
+
+@pytest.mark.parametrize(
+    ("config", "parameters", "tensors"),
+    [
+        ({"block_out_channels": [128, 256, 512, 512]}, 83_653_863, 248),  # SD 1, 2, XL
+        ({"block_out_channels": [128, 256, 512]}, 55_325_927, 204),  # x4 upscaler
+        (
+            {
+                "block_out_channels": [128, 256, 512, 512],
+                "latent_channels": 16,
+                "use_quant_conv": False,
+                "use_post_quant_conv": False,
+            },
+            83_819_683,
+            244,
+        ),  # SD 3, Flux
+        ({"_class_name": "VQModel", "block_out_channels": [128, 256, 512], "num_vq_embeddings": 8192}, 55_322_782, 205),
+    ],
+)
+def test_published_sizes(config: dict[str, Any], parameters: int, tensors: int) -> None:
+    levels = len(config["block_out_channels"])
+    kinds = {
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "layers_per_block": 2,
+    }
+    parsed = VAEConfig.from_diffusers(config | kinds)
+    with torch.device("meta"):
+        vae = VQModel(parsed) if parsed.codes else AutoencoderKL(parsed)
+    assert sum(p.numel() for p in vae.parameters()) == parameters
+    assert len(vae.state_dict()) == tensors

@@ -93,6 +93,6 @@ def _products(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor
 
 
 def _xformers(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    from xformers.ops import memory_efficient_attention
+    from xformers.ops import memory_efficient_attention  # pyright: ignore[reportMissingImports]
 
     return memory_efficient_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)

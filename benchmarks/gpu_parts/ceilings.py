@@ -57,10 +57,8 @@ def _sustained(session: Session, size: int) -> dict[str, Any]:
 def _copies(session: Session, megabytes: float) -> dict[str, Any]:
     count = max(1, int(megabytes * 2**20) // 2)
     rotate = buffers_for_cold(4 * count, session.device, most=32)
-    pairs = [
-        (torch.randn(count, device=session.device, dtype=session.dtype), torch.empty_like(t))
-        for t in [torch.empty(count, device=session.device, dtype=session.dtype)] * rotate
-    ]
+    make: dict[str, Any] = {"device": session.device, "dtype": session.dtype}
+    pairs = [(torch.randn(count, **make), torch.empty(count, **make)) for _ in range(rotate)]
     variants = {
         "warm": [lambda: pairs[0][1].copy_(pairs[0][0])],
         "cold": [lambda s=source, t=target: t.copy_(s) for source, target in pairs],

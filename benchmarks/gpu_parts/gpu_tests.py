@@ -18,7 +18,18 @@ def run(session: Session) -> None:
 
 
 def _pytest(session: Session) -> dict[str, Any]:
-    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider", "--import-mode=importlib"]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "pytest",
+        "-q",
+        "-m",
+        "gpu",
+        "-p",
+        "no:cacheprovider",
+        "--import-mode=importlib",
+    ]
     if session.tiny:
         command += ["--collect-only"]
     limit = max(5.0, session.seconds_left() - 5)

@@ -51,11 +51,12 @@ def _graph(session: Session, size: int, launches: int) -> dict[str, Any]:
 def _triton(session: Session, launches: int, dependent: bool) -> dict[str, Any]:
     from .launch_kernel import add_one
 
+    kernel: Any = add_one
     x = torch.zeros(1 << 16, device=session.device)
     grid = (x.numel() // 1024,)
 
     def launch() -> None:
-        add_one[grid](x, BLOCK=1024, DEPENDENT=dependent, num_warps=4, num_stages=1, launch_pdl=dependent)
+        kernel[grid](x, BLOCK=1024, DEPENDENT=dependent, num_warps=4, num_stages=1, launch_pdl=dependent)
 
     x.zero_()
     launch()

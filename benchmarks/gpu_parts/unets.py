@@ -76,9 +76,9 @@ def _case(session: Session, case: str, config: dict[str, Any], rows: int, varian
         )
         return
     with torch.device(session.device):
-        unet = UNet2DConditionModel(**config).eval().requires_grad_(False)
+        unet: Any = UNet2DConditionModel(**config).eval().requires_grad_(False)
     inputs = _inputs(session, config, rows)
-    with _priority("cudnn" if session.cuda else ""):
+    with priority("cudnn" if session.cuda else ""):
         truth = unet(*inputs[0], **inputs[1]).sample
     unet.to(session.dtype).to(memory_format=torch.channels_last)
     unet.fuse_qkv_projections()
@@ -91,7 +91,7 @@ def _case(session: Session, case: str, config: dict[str, Any], rows: int, varian
 
 def _inputs(session: Session, config: dict[str, Any], rows: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
     size = config["sample_size"]
-    make = {"device": session.device}
+    make: dict[str, Any] = {"device": session.device}
     latents = torch.randn(rows, 4, size, size, **make).to(memory_format=torch.channels_last)
     text = torch.randn(rows, 77, config["cross_attention_dim"], **make)
     extra: dict[str, Any] = {}
@@ -107,7 +107,8 @@ def _cast(inputs: tuple[tuple[Any, ...], dict[str, Any]], dtype: torch.dtype) ->
     return tuple(t.to(dtype) for t in args), added
 
 
-def _priority(variant: str) -> Any:
+def priority(variant: str) -> Any:
+    """cuDNN's attention first where the variant's name says so; torch's own order otherwise."""
     return sdpa_kernel(list(CUDNN_FIRST), set_priority=True) if "cudnn" in variant else nullcontext()
 
 
@@ -118,14 +119,14 @@ def _measure(
     torch._dynamo.reset()
     if "compile" in variant or "autotune" in variant:
         mode = "max-autotune-no-cudagraphs" if "autotune" in variant else None
-        backend = {"backend": "eager"} if session.tiny else {"mode": mode}
+        backend: dict[str, Any] = {"backend": "eager"} if session.tiny else {"mode": mode}
         torch._dynamo.config.fail_on_recompile_limit_hit = True
         model = torch.compile(unet, fullgraph=True, dynamic=False, **backend)
 
     def evaluate() -> torch.Tensor:
         return model(*args, **kwargs, return_dict=False)[0]
 
-    with _priority(variant if session.cuda else ""):
+    with priority(variant if session.cuda else ""):
         out = evaluate()
         spread = float(out.float().std())
         facts: dict[str, Any] = {"std": spread, "error_vs_float32": relative_error(out, truth)}
@@ -157,7 +158,7 @@ def profile(call: Callable[[], object]) -> dict[str, Any]:
         torch.cuda.synchronize()
     micros: Counter[str] = Counter()
     launches: Counter[str] = Counter()
-    for event in trace.events():
+    for event in trace.events() or ():
         if event.device_type != torch.autograd.DeviceType.CUDA:
             continue
         kind = kind_of(event.name)

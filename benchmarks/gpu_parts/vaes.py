@@ -68,7 +68,7 @@ def _decoder(session: Session, weights: dict[str, torch.Tensor], dtype: torch.dt
     from diffusers import AutoencoderKL
 
     with torch.device(session.device):
-        vae = AutoencoderKL(**(TINY if session.tiny else SDXL)).eval().requires_grad_(False)
+        vae: Any = AutoencoderKL(**(TINY if session.tiny else SDXL)).eval().requires_grad_(False)
     vae.load_state_dict(weights)
     vae.to(dtype)
     if "nchw" not in options:

@@ -31,6 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
 
     import torch
 
+    from . import canaries
     from .session import Session
 
     torch.manual_seed(0)
@@ -47,6 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     session.write("start", fingerprint=harness.fingerprint(options.device), tiny=options.tiny)
     with torch.no_grad(), harness.ClockLog() as clocks:
+        session.write("canaries", **canaries.measure(session))
         importlib.import_module(f".{options.module}", __package__).run(session)
     complete = session.seconds_left() > 0
     session.write("end", complete=complete, clocks=clocks.summary())

@@ -48,7 +48,7 @@ class Encoded:
 class TextEncoder:
     """One CLIP text encoder with its tokenizer. penultimate: take hidden_states[-2] without the final norm (SDXL)."""
 
-    model: nn.Module
+    model: Any
     tokenizer: Any
     penultimate: bool
     use_attention_mask: bool = False

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..errors import RequestError
-from .scheduler_config import SamplerOptions
+from .sampler_options import SamplerOptions
 from .schedules import SIGMA_FUNCTIONS, Array, NoiseSchedule, exponential_sigmas, spaced_timesteps
 from .update import Level
 

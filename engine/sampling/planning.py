@@ -16,7 +16,8 @@ from .planners.first_order import plan_ddim, plan_ddpm, plan_euler_ancestral, pl
 from .planners.lms import plan_lms
 from .planners.pndm import plan_pndm
 from .predictions import denoised_coefficients
-from .scheduler_config import SamplerOptions, SchedulerConfig
+from .sampler_options import SamplerOptions
+from .scheduler_config import SchedulerConfig
 from .update import Plan, Update
 
 CORRECTIONS = ("next_timestep",)
@@ -90,7 +91,7 @@ def make_plan(
         init_alpha=image,
         steps=steps,
         sampler=name,
-        schedule="sigmas" if sigmas is not None else options.sigma_schedule or options.timestep_spacing,
+        schedule=_schedule_name(name, options, sigmas),
         prediction_type=options.prediction_type,
     )
 
@@ -154,6 +155,14 @@ def _sampler_name(config: SchedulerConfig, sampler: str | None) -> str:
             f"for example 'dpmpp_2m' ({closest(config.class_name, SAMPLERS)})"
         )
     return config.sampler
+
+
+def _schedule_name(name: str, options: SamplerOptions, sigmas: Sequence[float] | None) -> str:
+    if sigmas is not None:
+        return "sigmas"
+    if name == "lcm":
+        return "distilled"  # a subset of the timesteps it was distilled on, whatever the spacing says
+    return options.sigma_schedule or options.timestep_spacing
 
 
 def _schedule_overrides(schedule: str | None) -> dict[str, Any]:

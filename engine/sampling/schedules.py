@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 
 from ..errors import RequestError, closest
 from .beta_quantile import beta_quantile
-from .scheduler_config import SamplerOptions, SchedulerConfig
+from .sampler_options import SamplerOptions
+from .scheduler_config import SchedulerConfig
 from .update import Level
 
 __all__ = [
@@ -40,18 +41,22 @@ def beta_table(kind: str, start: float, end: float, count: int) -> Array:
     2021), sigmoid (GeoDiff), laplace, exp. Only the first two and sigmoid use `start` and `end`.
     """
     if kind == "linear":
-        return np.linspace(start, end, count)
+        return np.linspace(start, end, count, dtype=np.float64)
     if kind == "scaled_linear":
-        return np.linspace(start**0.5, end**0.5, count) ** 2
+        return np.square(np.linspace(start**0.5, end**0.5, count, dtype=np.float64))
     if kind == "sigmoid":
         return (end - start) / (1.0 + np.exp(-np.linspace(-6.0, 6.0, count))) + start
-    bar = {"squaredcos_cap_v2": _cosine_bar, "laplace": _laplace_bar, "exp": lambda t: math.exp(-12.0 * t)}[kind]
+    bar = {"squaredcos_cap_v2": _cosine_bar, "laplace": _laplace_bar, "exp": _exponential_bar}[kind]
     values = np.array([bar(i / count) for i in range(count + 1)])
     return np.minimum(1.0 - values[1:] / values[:-1], 0.999)
 
 
 def _cosine_bar(t: float) -> float:
     return math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2
+
+
+def _exponential_bar(t: float) -> float:
+    return math.exp(-12.0 * t)
 
 
 def _laplace_bar(t: float) -> float:
@@ -110,8 +115,8 @@ class NoiseSchedule:
 def _table(
     kind: str, start: float, end: float, count: int, trained: tuple[float, ...] | None, zero_snr: bool
 ) -> NoiseSchedule:
-    betas = np.array(trained) if trained is not None else beta_table(kind, start, end, count)
-    bar = np.cumprod(1.0 - betas)
+    betas = np.array(trained, dtype=np.float64) if trained is not None else beta_table(kind, start, end, count)
+    bar: Array = np.cumprod(1.0 - betas, dtype=np.float64)
     bar = rescale_zero_terminal_snr(bar) if zero_snr else bar
     bar.setflags(write=False)
     return NoiseSchedule(bar)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -63,6 +63,11 @@ class Update:
         values = {c: float(getattr(self, name)) for c, name in _FIELDS.items()}
         values[Column.LIVE] = 1.0
         return [values[c] for c in Column]
+
+
+def evaluate_at(level: Level, step: int, **coefficients: Any) -> Update:
+    """The update of step `step` whose network evaluation is at `level`; `coefficients` are fields of `Update`."""
+    return Update(timestep=level.timestep, alpha=level.alpha, sigma=level.sigma, step=step, **coefficients)
 
 
 # Column.SP2 -> "Sp2": the mathematics keeps its letters in `Update`, enum members are upper case.

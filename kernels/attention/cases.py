@@ -17,6 +17,9 @@ CASES = (
     Case("vae mid block, head dim 512", _qkv(1, 49, 49, 1, 512)),
     Case("key padding", _qkv(3, 17, 24, 2, 32, kv_len=Spec((3,), torch.int32, 1, 25))),
     Case("additive bias", _qkv(2, 9, 13, 3, 32, bias=(2, 1, 9, 13))),
-    Case("padding, bias and scale", _qkv(2, 5, 7, 1, 16, kv_len=Spec((2,), torch.int32, 1, 8), bias=(2, 1, 1, 7),
-    scale=0.3)), Case("one query, one key", _qkv(2, 1, 1, 1, 8)),
+    Case(
+        "padding, bias and scale",
+        _qkv(2, 5, 7, 1, 16, kv_len=Spec((2,), torch.int32, 1, 8), bias=(2, 1, 1, 7), scale=0.3),
+    ),
+    Case("one query, one key", _qkv(2, 1, 1, 1, 8)),
 )

@@ -50,7 +50,7 @@ def worst(ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> float:
 
 
 class Exact:
-    """A network that knows the denoiser: gives F with p x + q F = denoise(x, alpha, sigma) at every update of a plan."""
+    """A network that knows the denoiser: F with p x + q F = denoise(x, alpha, sigma) at every update of a plan."""
 
     def __init__(self, plan: Plan, denoise: Callable[[Tensor, float, float], Tensor]) -> None:
         self.updates = iter(plan.updates)

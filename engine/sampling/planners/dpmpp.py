@@ -6,8 +6,7 @@ import math
 from dataclasses import dataclass
 
 from ..levels import Levels
-from ..update import Level, Update
-from .first_order import evaluation
+from ..update import Level, Update, evaluate_at
 
 
 @dataclass(frozen=True)
@@ -53,18 +52,18 @@ def _update(levels: Levels, i: int, solver: Solver) -> Update:
     B, C1, C2 = first, 0.0, 0.0
     if order > 1:
         r0 = (_lam(at) - _lam(levels.at[i - 1])) / h
-        second = to.alpha * (1.0 + math.expm1(-z) / z) if math.isfinite(z) else to.alpha
-    if order == 2:
-        slope = (0.5 * first if solver.kind == "midpoint" else second) / r0
-        B, C1 = first + slope, -slope
-    elif order == 3:
-        r1 = (_lam(levels.at[i - 1]) - _lam(levels.at[i - 2])) / h
-        third = to.alpha * (0.5 - (math.expm1(-z) + z) / z**2)
-        # D1 = d0 + r0/(r0+r1) (d0 - d1), D2 = (d0 - d1)/(r0+r1), d0 = (D - D_{-1})/r0, d1 = (D_{-1} - D_{-2})/r1
-        w0 = second * (1.0 + r0 / (r0 + r1)) + third / (r0 + r1)
-        w1 = -second * r0 / (r0 + r1) - third / (r0 + r1)
-        B, C1, C2 = first + w0 / r0, -w0 / r0 + w1 / r1, -w1 / r1
-    return evaluation(levels, i, A=A, B=B, C1=C1, C2=C2, S=S, push=True, eD=1.0)
+        second = to.alpha * (1.0 + math.expm1(-z) / z)
+        if order == 2:
+            slope = (0.5 * first if solver.kind == "midpoint" else second) / r0
+            B, C1 = first + slope, -slope
+        else:
+            r1 = (_lam(levels.at[i - 1]) - _lam(levels.at[i - 2])) / h
+            third = to.alpha * (0.5 - (math.expm1(-z) + z) / z**2)
+            # D1 = d0 + r0/(r0+r1) (d0 - d1), D2 = (d0 - d1)/(r0+r1), d0 = (D - D_{-1})/r0, d1 = (D_{-1} - D_{-2})/r1
+            w0 = second * (1.0 + r0 / (r0 + r1)) + third / (r0 + r1)
+            w1 = -second * r0 / (r0 + r1) - third / (r0 + r1)
+            B, C1, C2 = first + w0 / r0, -w0 / r0 + w1 / r1, -w1 / r1
+    return evaluate_at(at, levels.start + i, A=A, B=B, C1=C1, C2=C2, S=S, push=True, eD=1.0)
 
 
 def _lam(level: Level) -> float:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from ..levels import Levels
-from ..update import Level, Update
+from ..update import Level, Update, evaluate_at
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def plan_euler(levels: Levels, *, churn: Churn) -> tuple[list[Update], float]:
     updates = []
     for i, (at, to) in enumerate(zip(raised, levels.to, strict=True)):
         ratio = to.sigma / at.sigma
-        updates.append(_at(at, levels.start + i, A=ratio, B=1.0 - ratio, S=_next(added, i)))
+        updates.append(evaluate_at(at, levels.start + i, A=ratio, B=1.0 - ratio, S=_next(added, i)))
     return updates, added[0]
 
 
@@ -57,18 +57,16 @@ def plan_heun(levels: Levels, *, churn: Churn) -> tuple[list[Update], float]:
     for i, (at, to) in enumerate(zip(raised, levels.to, strict=True)):
         step, ratio = levels.start + i, to.sigma / at.sigma
         if to.sigma == 0.0:
-            updates.append(_at(at, step, A=ratio, B=1.0 - ratio, S=_next(added, i)))
+            updates.append(evaluate_at(at, step, A=ratio, B=1.0 - ratio, S=_next(added, i)))
             continue
         slope = 1.0 / at.sigma
-        updates.append(_at(at, step, A=ratio, B=1.0 - ratio, keep_base=False, A2=1.0, push=True, ex=slope, eD=-slope))
+        updates.append(
+            evaluate_at(at, step, A=ratio, B=1.0 - ratio, keep_base=False, A2=1.0, push=True, ex=slope, eD=-slope)
+        )
         half = 0.5 * (to.sigma - at.sigma)
-        updates.append(_at(to, step, G=1.0, C1=half, A=half / to.sigma, B=-half / to.sigma, S=_next(added, i)))
+        updates.append(evaluate_at(to, step, G=1.0, C1=half, A=half / to.sigma, B=-half / to.sigma, S=_next(added, i)))
     return updates, added[0]
 
 
 def _next(added: list[float], index: int) -> float:
     return added[index + 1] if index + 1 < len(added) else 0.0
-
-
-def _at(level: Level, step: int, **coefficients: float) -> Update:
-    return Update(timestep=level.timestep, alpha=level.alpha, sigma=level.sigma, step=step, **coefficients)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from ..levels import Levels
-from ..update import Level, Update
+from ..update import Level, Update, evaluate_at
 
 
 def plan_ddim(levels: Levels, *, eta: float = 0.0, clipped: bool = False) -> list[Update]:
@@ -20,7 +20,7 @@ def plan_ddim(levels: Levels, *, eta: float = 0.0, clipped: bool = False) -> lis
         A = math.sqrt(max(to.sigma**2 - noise**2, 0.0)) / at.sigma
         B, direction = to.alpha, -at.alpha * A
         coefficients = {"B": B, "B_raw": direction} if clipped else {"B": B + direction}
-        updates.append(evaluation(levels, i, A=A, S=noise, **coefficients))
+        updates.append(evaluate_at(at, levels.start + i, A=A, S=noise, **coefficients))
     return updates
 
 
@@ -28,23 +28,17 @@ def plan_ddpm(levels: Levels, *, variance: str = "fixed_small") -> list[Update]:
     """Ancestral sampling (Ho et al. 2020, equation 7): x' = mean of q(x' | x, D) + S xi.
 
     `variance`: fixed_small, fixed_small_log: the posterior deviation; fixed_large, fixed_large_log: sqrt(beta_t). As in
-    diffusers the last step draws no noise if it is at timestep 0. diffusers' fixed_large_log takes the root of a logarithm, which is NaN;
-    here it is fixed_large, what the name meant in GLIDE.
+    diffusers the last step draws no noise if it is at timestep 0. diffusers' fixed_large_log takes the root of a
+    logarithm, which is NaN; here it is fixed_large, what the name meant in GLIDE.
     """
     updates = []
     for i, (at, to) in enumerate(zip(levels.at, levels.to, strict=True)):
         small = posterior_deviation(at, to)
         noise = math.sqrt(1.0 - (at.alpha / to.alpha) ** 2) if variance.startswith("fixed_large") else small
         A = math.sqrt(max(to.sigma**2 - small**2, 0.0)) / at.sigma
-        updates.append(
-            evaluation(
-                levels,
-                i,
-                A=A,
-                B=to.alpha - at.alpha * A,
-                S=0.0 if to is levels.to[-1] and at.timestep == 0.0 else noise,
-            )
-        )
+        skipped = to is levels.to[-1] and at.timestep == 0.0
+        S = 0.0 if skipped else noise
+        updates.append(evaluate_at(at, levels.start + i, A=A, B=to.alpha - at.alpha * A, S=S))
     return updates
 
 
@@ -63,7 +57,7 @@ def plan_lcm(levels: Levels, *, timestep_scaling: float = 10.0) -> list[Update]:
     for i, (at, to) in enumerate(zip(levels.at, levels.to, strict=True)):
         scaled = at.timestep * timestep_scaling
         c_skip, c_out = 0.25 / (scaled**2 + 0.25), scaled / math.hypot(scaled, 0.5)
-        updates.append(evaluation(levels, i, A=to.alpha * c_skip, B=to.alpha * c_out, S=to.sigma))
+        updates.append(evaluate_at(at, levels.start + i, A=to.alpha * c_skip, B=to.alpha * c_out, S=to.sigma))
     return updates
 
 
@@ -71,9 +65,3 @@ def posterior_deviation(at: Level, to: Level) -> float:
     """Standard deviation of q(x' | x, x0): sigma' sqrt(1 - e^2), e = alpha sigma' / (alpha' sigma)."""
     decay = at.alpha * to.sigma / (to.alpha * at.sigma)
     return to.sigma * math.sqrt(max(1.0 - decay**2, 0.0))
-
-
-def evaluation(levels: Levels, index: int, **coefficients: float) -> Update:
-    """The update of step `index` of `levels`, evaluated at that step's level."""
-    at = levels.at[index]
-    return Update(timestep=at.timestep, alpha=at.alpha, sigma=at.sigma, step=levels.start + index, **coefficients)

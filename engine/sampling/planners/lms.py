@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 
 from ..levels import Levels
-from ..update import Update
-from .first_order import evaluation
+from ..update import Update, evaluate_at
 
 # Two Gauss points integrate cubics exactly: the Lagrange polynomials of order four and below.
 _GAUSS = (-1.0 / math.sqrt(3.0), 1.0 / math.sqrt(3.0))
@@ -23,9 +22,9 @@ def plan_lms(levels: Levels, *, order: int = 4) -> list[Update]:
         w = [*_weights(nodes, at.sigma, to.sigma), 0.0, 0.0, 0.0]
         slope = 1.0 / at.sigma
         updates.append(
-            evaluation(
-                levels,
-                i,
+            evaluate_at(
+                at,
+                levels.start + i,
                 A=1.0 + w[0] * slope,
                 B=-w[0] * slope,
                 C1=w[1],

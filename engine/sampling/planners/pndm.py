@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from ...errors import RequestError
 from ..levels import Levels
 from ..predictions import denoised_coefficients
 from ..schedules import NoiseSchedule
-from ..update import Level, Update
+from ..update import Level, Update, evaluate_at
 
 _ADAMS = {1: (1.0,), 2: (3 / 2, -1 / 2), 3: (23 / 12, -16 / 12, 5 / 12), 4: (55 / 24, -59 / 24, 37 / 24, -9 / 24)}
 
@@ -32,6 +33,7 @@ class Transfer:
         return self.schedule.level(timestep) if timestep >= 0 else self.final
 
     def __call__(self, start: int, end: int) -> tuple[float, float]:
+        """(R, K) from timestep `start` to `end`."""
         at, to = self.level(start), self.level(end)
         ratio = to.alpha / at.alpha
         gain = to.sigma - ratio * at.sigma
@@ -47,9 +49,9 @@ class Transfer:
         p, q = denoised_coefficients(self.prediction, at.alpha, at.sigma)
         return -p / q, 1.0 / q
 
-    def update(self, timestep: int, step: int, **coefficients: float) -> Update:
-        at = self.level(timestep)
-        return Update(timestep=at.timestep, alpha=at.alpha, sigma=at.sigma, step=step, **coefficients)
+    def update(self, timestep: int, step: int, **coefficients: Any) -> Update:
+        """The update evaluated at a timestep."""
+        return evaluate_at(self.level(timestep), step, **coefficients)
 
 
 def plan_pndm(levels: Levels, prediction: str, *, skip_prk_steps: bool) -> list[Update]:
