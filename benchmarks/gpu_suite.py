@@ -58,6 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
         prog="gpu_suite", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--out", type=Path, help="folder for records, logs and bundle.tar")
+    parser.add_argument("--bundle", type=Path, help="write the bundle here instead of DIR/bundle.tar")
     parser.add_argument("--seconds", type=float, default=540.0, help="for everything; parts that do not fit are left")
     parser.add_argument("--parts", help=f"comma-separated, of: {', '.join(p.name for p in PARTS)}")
     parser.add_argument("--device", default="cuda")
@@ -120,7 +121,7 @@ def run(options: argparse.Namespace, parts: list[Part]) -> int:
             print(f"{part.name}: {outcome}, {count} records, {time.monotonic() - start:.0f} s", flush=True)
             if outcome != "ok":
                 crashed.append(part.name)
-            bundle(out)
+            bundle(out, options.bundle)
     return 1 if crashed else 0
 
 
@@ -148,9 +149,10 @@ def run_part(part: Part, options: argparse.Namespace, box: float, records: Path,
     return "ok"
 
 
-def bundle(out: Path) -> Path:
-    """Write records, logs and tuned configurations of `out` to bundle.tar, whole or not at all."""
-    target, partial = out / "bundle.tar", out / "bundle.tar.partial"
+def bundle(out: Path, target: Path | None = None) -> Path:
+    """Write records, logs and tuned configurations of `out` to `target` (bundle.tar in `out`), whole or not at all."""
+    target = target or out / "bundle.tar"
+    partial = target.with_name(f"{target.name}.partial")
     with tarfile.open(partial, "w") as tar:
         for path in sorted((*out.glob("*.jsonl"), *out.glob("*.log"), *out.glob("configs/*/*.json"))):
             tar.add(path, arcname=path.relative_to(out).as_posix())

@@ -12,12 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..kernels.dispatch import Dispatch
-from ..kernels.dispatch import resolve as resolve_dispatch
-from ..kernels.op import UnsupportedCallError
+from .binding import Binder
 from .conditioning import text as clip
 from .config import EngineConfig, ResolvedConfig, resolve
-from .errors import CheckpointError, RequestError
+from .errors import CheckpointError
 from .families import BUILTIN, Family, builtin_folder, family_of
 from .models.unet import UNet
 from .models.unet_config import UNetConfig
@@ -39,7 +37,8 @@ DEFAULTS = ("steps", "guidance_scale", "sampler", "width", "height")
 class Components:
     """Everything a request needs: networks, tokenizers, the scheduler's settings and the family's habits.
 
-    zero_negative: negative_prompt=None is a zero embedding instead of the empty prompt. dispatch: by component.
+    zero_negative: negative_prompt=None is a zero embedding instead of the empty prompt. binders: the op sites of the
+    denoiser and the VAE.
     """
 
     name: str
@@ -51,7 +50,7 @@ class Components:
     vae: AutoencoderKL | None
     zero_negative: bool
     defaults: Mapping[str, Any]
-    dispatch: Mapping[str, Dispatch]
+    binders: Mapping[str, Binder]
 
     @property
     def scale(self) -> int:
@@ -71,8 +70,8 @@ class Components:
             f"device {c.device}, denoiser {_short(c.dtype)}, VAE {_short(c.vae_dtype)}, at most {c.max_rows} rows",
             f"sampler {self.scheduler.sampler}, defaults {dict(self.defaults) or 'of the family'}",
         ]
-        for part, dispatch in self.dispatch.items():
-            lines += [f"{part}:", *(f"  {line}" for line in dispatch.explain().splitlines())]
+        for part, binder in self.binders.items():
+            lines += [f"{part}:", *(f"  {line}" for line in binder.explain().splitlines())]
         return "\n".join(lines)
 
 
@@ -98,7 +97,8 @@ def load_components(source: str | Path, config: EngineConfig) -> Components:
     for name in encoders if family.text != "none" else ():
         modules[name] = clip.build_model(checkpoint.components[name], checkpoint.config(name))
     _check_parts(family, modules, checkpoint)
-    dispatch = _load(checkpoint, modules, resolved)
+    _load(checkpoint, modules, resolved)
+    binders = {name: Binder(modules[name], resolved) for name in ("unet", "vae") if name in modules}
     text = tuple(_text_encoder(checkpoint, family, name, modules[name]) for name in encoders if name in modules)
     if "safety_checker" in checkpoint.components:
         logger.warning(
@@ -115,30 +115,19 @@ def load_components(source: str | Path, config: EngineConfig) -> Components:
         zero_negative=family.text == "penultimate"
         and bool(checkpoint.options.get("force_zeros_for_empty_prompt", True)),
         defaults=defaults,
-        dispatch=dispatch,
+        binders=binders,
     )
 
 
-def _load(checkpoint: Checkpoint, modules: Mapping[str, nn.Module], config: ResolvedConfig) -> dict[str, Dispatch]:
-    """Read every part's weights and bind the implementations of its op sites.
-
-    Names and shapes of all parts come first.
-    """
+def _load(checkpoint: Checkpoint, modules: Mapping[str, nn.Module], config: ResolvedConfig) -> None:
+    """Read every part's weights; names and shapes of all parts are compared first."""
     stored = {name: checkpoint.weights(name) for name in modules}
     maps = {name: MAPS[checkpoint.components[name].removeprefix("Flax")] for name in modules}
     for name, module in modules.items():
         check_weights(module, stored[name], maps[name], name)
-    found = {}
     for name, module in modules.items():
         dtype = config.vae_dtype if name == "vae" else config.dtype
         load_weights(module, stored[name], maps[name], device=config.device, dtype=dtype, what=name)
-        if name in ("unet", "vae"):
-            try:
-                found[name] = resolve_dispatch(module, config.device.type, config.kernels)
-            except UnsupportedCallError as error:
-                raise RequestError(str(error)) from None
-            found[name].bind(module)
-    return found
 
 
 def _text_encoder(checkpoint: Checkpoint, family: Family, name: str, module: nn.Module) -> clip.TextEncoder:

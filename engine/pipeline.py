@@ -6,6 +6,7 @@ Settle -> encode -> start -> (the running batch) -> decode.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from .sampling.guidance import guidance_embedding
 from .sampling.noise import initial_noise
 from .settling import Settled
 
+TILE = 64
 UNTILED_PIXELS = 1536 * 1536
 """vae_tiling="auto" decodes in tiles above this: memory grows with the area, and the attention in the middle of the VAE
 with its square."""
@@ -84,7 +86,9 @@ def decode(parts: Components, latents: torch.Tensor) -> torch.Tensor:
         scaled = from_model(latents, parts.vae.config).to(parts.config.vae_dtype)
         whole = latents.shape[-1] * latents.shape[-2] * parts.scale**2 <= UNTILED_PIXELS
         tiles = not whole if parts.config.vae_tiling == "auto" else parts.config.vae_tiling
-        images = (tiled(parts.vae.decode, scaled) if tiles else sliced(parts.vae.decode, scaled)).float()
+        one = scaled[:1, :, :TILE, :TILE] if tiles else scaled[:1]
+        parts.binders["vae"].bind(tuple(one.shape[1:]), partial(parts.vae.decode, one))
+        images = (tiled(parts.vae.decode, scaled, TILE) if tiles else sliced(parts.vae.decode, scaled)).float()
     if not torch.isfinite(images).all():
         raise NumericsError(f"the VAE produced NaN or Inf in {parts.config.vae_dtype}; load with vae_dtype='float32'")
     return (images / 2 + 0.5).clamp(0, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -42,7 +43,10 @@ class EagerRunner:
         """One network evaluation and sampler update of every row, in place of the batch's tensors."""
         branches = batch.branches
         latents = batch.model_input.to(self.parts.config.dtype).repeat_interleave(branches, 0)
-        raw = self.parts.denoiser(latents, batch.prepared, batch.update.repeat_interleave(branches))
+        updates = batch.update.repeat_interleave(branches)
+        denoise = partial(self.parts.denoiser, latents, batch.prepared, updates)
+        self.parts.binders["unet"].bind(tuple(latents.shape), denoise)
+        raw = denoise()
         outputs = raw.unflatten(0, (len(batch), branches)).to(batch.x.dtype)
         weights = rescale_weights(outputs, batch.weights, batch.rescale)
         lines = batch.table[torch.arange(len(batch), device=batch.x.device), batch.update]

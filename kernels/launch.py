@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import triton
+from triton import knobs
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,8 @@ class Options:
 class Compilation:
     """One specialisation of a kernel that real launches make.
 
-    signature: argument name -> Triton type ("*bf16", "i32", "fp32"), constexpr arguments left out; constants: values of the
-    constexpr arguments; divisible: arguments whose value (or address) is a multiple of 16.
+    signature: argument name -> Triton type ("*bf16", "i32", "fp32"), constexpr arguments left out; constants: values of
+    the constexpr arguments; divisible: arguments whose value (or address) is a multiple of 16.
     """
 
     name: str
@@ -46,7 +47,10 @@ def launcher(kernel: Any) -> Any:
 
 
 def triton_op(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator: register a function that launches Triton kernels as `stepfuse::<name>_triton`, visible to the compiler."""
+    """Decorator.
+
+    Register a function that launches Triton kernels as `stepfuse::<name>_triton`, visible to the compiler.
+    """
 
     def register(launch: Callable[..., Any]) -> Callable[..., Any]:
         registered = torch.library.triton_op(f"stepfuse::{name}_triton", launch, mutates_args=())
@@ -61,10 +65,13 @@ def triton_op(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 def needs_cuda(call: Any) -> str | None:
-    """Why a call cannot run in Triton at all, or None: wrong device, gradients, or a dtype Triton kernels do not take."""
+    """Why a call cannot run in Triton at all, or None.
+
+    Wrong device, gradients, or a dtype Triton kernels do not take.
+    """
     if call.requires_grad:
         return "fused kernels are forward only, and an input requires a gradient"
-    if call.device != "cuda" and not triton.knobs.runtime.interpret:
+    if call.device != "cuda" and not knobs.runtime.interpret:
         return f"Triton needs a CUDA device, the tensors are on {call.device}"
     floats = {t.dtype for t in call.tensors.values() if t.dtype.is_floating_point}
     if floats - {torch.float16, torch.bfloat16, torch.float32}:

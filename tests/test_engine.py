@@ -26,6 +26,7 @@ from stepfuse.engine.errors import (
     RequestError,
     StepfuseError,
 )
+from stepfuse.kernels import geglu
 
 SOLO = 1e-4  # relative L2 of latents, batch against solo
 PROMPT = "a photo of a cat"
@@ -274,7 +275,7 @@ def test_nan_weights_are_reported_by_name(reference_pipeline: Callable[[str], Pa
 
 def test_nan_in_the_latents_is_an_error_and_not_a_black_image(engine: Engine, small: dict[str, int]) -> None:
     bad = torch.full((1, 4, 8, 8), float("nan"))
-    with pytest.raises(NumericsError, match="NaN or Inf in the latents .float32.; try a lower guidance_scale"):
+    with pytest.raises(NumericsError, match=r"NaN or Inf in the latents \(float32\); try a lower guidance_scale"):
         engine.generate(PROMPT, seed=5, latents=bad, **small)
     assert engine.generate(PROMPT, **small).images
 
@@ -302,6 +303,43 @@ def test_safety_hook_sees_every_image_once(reference_pipeline: Callable[[str], P
         found = engine.generate(PROMPT, n=2, steps=1, width=64, height=64, output="np")
     assert seen == [((2, 64, 64, 3), PROMPT)]
     assert not found.images.any()
+
+
+def test_an_explicit_implementation_is_used_at_every_site(reference_pipeline: Callable[[str], Path]) -> None:
+    calls = []
+
+    def spy(x: torch.Tensor) -> torch.Tensor:
+        calls.append(tuple(x.shape))
+        return geglu.reference(x)
+
+    geglu.implement("spy", lambda call: None if call.tensors["x"].shape[1] > 16 else "16 tokens or fewer")(spy)
+    try:
+        with Engine.load(reference_pipeline("sd15"), device="cpu", kernels={"geglu": "spy"}) as engine:
+            assert "decided by the first request" in engine.explain()
+            with pytest.raises(RequestError, match="spy cannot run this call: 16 tokens or fewer"):
+                engine.generate(PROMPT, width=32, height=32, steps=1)
+    finally:
+        del geglu.implementations["spy"]
+    assert not calls
+
+
+def test_choosing_the_reference_by_name_changes_nothing(
+    engine: Engine, small: dict[str, int], reference_pipeline: Callable[[str], Path]
+) -> None:
+    with Engine.load(reference_pipeline("sd15"), device="cpu", kernels="reference") as named:
+        found = named.generate(PROMPT, seed=2, **small)
+        assert "chosen by the user" in named.explain()
+    assert torch.equal(found.latents, engine.generate(PROMPT, seed=2, **small).latents)
+
+
+def test_tiled_decode_is_close_to_whole(reference_pipeline: Callable[[str], Path]) -> None:
+    with Engine.load("shapes", device="cpu", vae_tiling=True) as tiled, Engine.load("shapes", device="cpu") as whole:
+        side = 96 * whole.components.scale
+        request = {"width": side, "height": 64, "steps": 1, "seed": 1, "output": "np"}
+        a, b = (e.generate("a red circle", **request) for e in (tiled, whole))
+    assert torch.equal(a.latents, b.latents)
+    assert a.images.shape == b.images.shape
+    assert 0 < np.abs(a.images - b.images).mean() < 0.1
 
 
 def test_explain_names_the_implementation_of_every_op(engine: Engine) -> None:

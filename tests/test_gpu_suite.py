@@ -59,14 +59,14 @@ def test_a_part_that_hangs_or_crashes_takes_only_itself_down(tmp_path: Path, mon
         gpu_suite.Part("hanging", "launches", 0.01, ""),
         gpu_suite.Part("launches", "launches", 60, ""),
     ]
-    parser_options = ["--out", str(tmp_path), "--device", "cpu", "--tiny"]
+    parser_options = ["--out", str(tmp_path), "--device", "cpu", "--tiny", "--bundle", str(tmp_path / "b.tar")]
     monkeypatch.setattr(gpu_suite, "PARTS", tuple(parts))
     assert gpu_suite.main(parser_options) == 1
     records = harness.read(tmp_path / "records.jsonl")
     outcome = {r["part"]: r["key"] for r in records}
     assert outcome == {"broken": "crashed", "hanging": "killed", "launches": "end"}
     assert "no_such_module" in next(r["error"] for r in records if r["key"] == "crashed")
-    with tarfile.open(tmp_path / "bundle.tar") as tar:
+    with tarfile.open(tmp_path / "b.tar") as tar:
         assert {"records.jsonl", "broken.log", "launches.log"} <= set(tar.getnames())
 
 

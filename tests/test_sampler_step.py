@@ -95,6 +95,8 @@ def test_finished_rows_rest() -> None:
     for name in ("x", "base", "history"):
         assert torch.equal(after[name], s[name])
     assert not bad.any()
+    free = {**beyond, "x": torch.full_like(s["x"], math.nan)}
+    assert not step(free)[2].any()
     unstarted, _, _ = step({**s, "update": torch.full((7,), -1)})
     assert torch.equal(unstarted["x"], s["x"])
 

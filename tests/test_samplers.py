@@ -72,6 +72,9 @@ CONFIGS = {
     "bare": BARE,
 }
 
+# diffusers converts its tables with np.array(tensor).
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
 
 def compare(
     config: dict[str, Any],
@@ -233,3 +236,16 @@ def test_pndm_runge_kutta_steps_equal_diffusers(spacing: str, prediction: str, s
 def test_ddpm_variances_equal_diffusers(variance: str) -> None:
     _, _, error = compare({**PIXEL, "variance_type": variance, "clip_sample_range": 0.7}, "ddpm", 25)
     assert error <= 1e-12
+
+
+@pytest.mark.parametrize("schedule", ["karras", "exponential"])
+@pytest.mark.parametrize("config", [SD15, SD2V])
+def test_ddim_on_a_sigma_schedule_is_euler(config: dict[str, Any], schedule: str) -> None:
+    """The two are one method in different coordinates: x / sqrt(1 + sigma^2) and x."""
+    parsed = SchedulerConfig.from_diffusers(config)
+    unit = draw(1)[0]
+    ends = []
+    for sampler in ("ddim", "euler"):
+        plan = make_plan(parsed, steps=9, sampler=sampler, schedule=schedule)
+        ends.append(run(plan, plan.updates[0].sigma * unit, network)[-1])
+    assert worst(ends[:1], ends[1:]) <= 1e-12

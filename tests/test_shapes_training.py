@@ -48,10 +48,9 @@ def test_labels_name_what_stands_where() -> None:
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(denoiser.CONFIG, "block_out_channels", (32, 32))
     monkeypatch.setitem(denoiser.CONFIG, "attention_head_dim", (2, 2))
-    options = {"minutes": 1.0, "batch": 4, "lr": 1e-3, "device": "cpu", "text_minutes": 0.0}
+    options = {"minutes": 1.0, "batch": 4, "lr": 1e-3, "device": "cpu", "text_steps": 1}
     denoiser.train(tmp_path / "whole", steps=4, **options)
-    stop_after_two = monkeypatch.context()
-    with stop_after_two as patch:
+    with monkeypatch.context() as patch:
         step = denoiser.Trainer.step
 
         def step_twice(self: denoiser.Trainer, loss: torch.Tensor, progress: denoiser.Progress) -> None:

@@ -225,3 +225,13 @@ def test_rules_combine_and_do_not_capture_names_of_the_module() -> None:
     assert {a.key: a.name for a in plan} == {"model.a.query": "a.to_q", "model.b": "model.b"}
     with pytest.raises(CheckpointError, match=r"1 stored twice: a\.to_q: a\.query and model\.a\.query"):
         assign({"a.query": (2,), "model.a.query": (2,), "model.b": (2,)}, names, keymap, "thing")
+
+
+def test_only_listed_matrices_may_be_stored_as_convolutions() -> None:
+    stored, names = {"x.weight": (2, 3, 1, 1)}, {"x.weight": (2, 3)}
+    (one,) = assign(stored, names, KeyMap(flatten=(r"^x\.weight$",)), "thing")
+    assert one.shape == (2, 3)
+    with pytest.raises(CheckpointError, match=r"x\.weight: \[2, 3, 1, 1\], expected \[2, 3\]"):
+        assign(stored, names, KeyMap(flatten=(r"^y\.weight$",)), "thing")
+    with pytest.raises(CheckpointError, match=r"x\.weight: \[2, 3, 3, 3\], expected \[2, 3\]"):
+        assign({"x.weight": (2, 3, 3, 3)}, names, KeyMap(flatten=(r"^x\.weight$",)), "thing")

@@ -58,8 +58,7 @@ def preserving_levels(o: SamplerOptions, steps: int, *, sigmas: Sequence[float] 
     if sigmas is not None or o.sigma_schedule:
         given = _given(sigmas) if sigmas is not None else np.append(_scheduled(o, steps, schedule.sigmas), 0.0)
         at = tuple(_preserving(float(s), schedule.timestep_of(float(s))) for s in given[:-1])
-        end = _preserving(float(given[-1]), schedule.timestep_of(float(given[-1]))) if given[-1] else final
-        return Levels(at, (*at[1:], end), schedule, final)
+        return Levels(at, (*at[1:], _preserving(float(given[-1]), schedule.timestep_of(float(given[-1])))), schedule)
     grid = [int(t) for t in _spaced(o, steps, schedule)]
     at = tuple(schedule.level(t) for t in grid)
     if stride is None:

@@ -1,7 +1,8 @@
 """Triton kernel of `geglu`: a * gelu(b), one program per tile of rows and columns.
 
-Fused: the chunk, the exact GELU and the product. Bytes moved: 2C read + C written per row, in the input's dtype (3 passes of
-the output size); FLOPs about 20 a value (erf); bound: memory, or L2 where the projection has just been written.
+Fused: the chunk, the exact GELU and the product. Bytes moved: 2C read + C written per row, in the input's dtype (3
+passes of the output size); FLOPs about 20 a value (erf); bound: memory, or L2 where the projection has just been
+written.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from .config import Config, heuristic
 
 
 @triton.jit
-def geglu_kernel(x, y, rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):  # noqa: N803
+def geglu_kernel(x, y, rows, columns, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """x: [rows, 2 * columns] contiguous, y: [rows, columns] contiguous."""
     m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
