@@ -28,7 +28,8 @@ class Request:
 
     Sizes are pixels. Embeddings are [1 or n, L, D] (prompt_embeds) and [1 or n, D] (pooled), latents [n, C, h, w]
     unit-variance noise; image i of n uses seed + i. negative_prompt=None does what the checkpoint's own pipeline does
-    (SDXL zeroes the embedding), "" encodes the empty prompt. Raises RequestError for values that no model could honour.
+    (SDXL zeroes the embedding), "" encodes the empty prompt. sigmas: sigma / alpha of every level in place of a
+    schedule, descending to 0. Raises RequestError for values that no model could honour.
     """
 
     prompt: str | None = None
@@ -42,6 +43,7 @@ class Request:
     guidance_rescale: float = 0.0
     sampler: str | None = None
     schedule: str | None = None
+    sigmas: tuple[float, ...] | None = None
     eta: float | None = None
     s_churn: float = 0.0
     s_tmin: float = 0.0
@@ -72,6 +74,8 @@ class Request:
             raise RequestError(f"guidance_rescale: got {self.guidance_rescale}, expected a number from 0 to 1")
         if self.seed is not None and self.seed + self.n > 2**63:
             raise RequestError(f"seed: got {self.seed}, expected seed + n <= 2**63; choose a smaller seed")
+        if self.sigmas is not None and self.steps not in (None, len(self.sigmas) - 1):
+            raise RequestError(f"steps: got {self.steps}, but sigmas has {len(self.sigmas)} levels; leave steps out")
         if self.output not in OUTPUTS:
             raise RequestError(f"output: got {self.output!r}, {closest(str(self.output), OUTPUTS)}")
 

@@ -26,10 +26,11 @@ class Before(NamedTuple):
     lines: torch.Tensor
 
     def denoised(self, rows: list[int]) -> torch.Tensor:
-        """The denoised estimate D = p x + q sum_j w_j F_j [n, C, h, w] of the rows at these positions."""
-        p, q = (self.lines[rows, column, None, None, None] for column in (Column.P, Column.Q))
+        """The denoised estimate D = clamp(p x + q sum_j w_j F_j) [n, C, h, w] of the rows at these positions."""
+        columns = (Column.P, Column.Q, Column.CLAMP)
+        p, q, bound = (self.lines[rows, column, None, None, None] for column in columns)
         total = (self.weights[rows, :, None, None, None] * self.outputs[rows]).sum(1)
-        return p * self.x[rows] + q * total
+        return (p * self.x[rows] + q * total).clamp(-bound, bound)
 
 
 class EagerRunner:

@@ -47,11 +47,13 @@ def settle(parts: Components, request: Request) -> Settled:
     width, height = _size(parts, request)
     defaults = parts.defaults
     guidance = _first(request.guidance_scale, defaults.get("guidance_scale"), parts.family.guidance_scale)
+    given = None if request.sigmas is None else len(request.sigmas) - 1
     plan = make_plan(
         parts.scheduler,
-        steps=_first(request.steps, defaults.get("steps"), parts.family.steps),
+        steps=_first(request.steps, given, defaults.get("steps"), parts.family.steps),
         sampler=request.sampler or defaults.get("sampler"),
         schedule=request.schedule,
+        sigmas=request.sigmas,
         eta=request.eta,
         s_churn=request.s_churn,
         s_tmin=request.s_tmin,

@@ -26,6 +26,7 @@ from stepfuse.engine.errors import (
     RequestError,
     StepfuseError,
 )
+from stepfuse.engine.settling import settle
 from stepfuse.kernels import geglu
 
 SOLO = 1e-4  # relative L2 of latents, batch against solo
@@ -229,6 +230,19 @@ def test_own_noise_is_used_and_checked(engine: Engine, small: dict[str, int]) ->
 def test_bad_requests_are_errors_before_anything_runs(engine: Engine, options: dict, message: str) -> None:
     with pytest.raises(RequestError, match=message):
         engine.generate(PROMPT, **options)
+
+
+def test_own_sigmas_replace_the_schedule(engine: Engine) -> None:
+    options = {"sampler": "euler", "seed": 1, "width": 64, "height": 64, "output": "latent"}
+    karras = engine.generate(PROMPT, steps=3, schedule="karras", **options)
+    table = settle(engine.components, karras.request).plan
+    sigmas = (*(update.sigma for update in table.updates), 0.0)
+    own = engine.generate(PROMPT, sigmas=sigmas, **options)
+    assert own.settings["steps"] == 3
+    assert relative(own.latents, karras.latents) <= 1e-2, "the same levels; timesteps are interpolated"
+    assert relative(own.latents, engine.generate(PROMPT, sigmas=(5.0, 2.0, 1.0, 0.0), **options).latents) > 1e-2
+    with pytest.raises(RequestError, match="steps: got 7, but sigmas has 4 levels"):
+        engine.generate(PROMPT, sigmas=sigmas, steps=7, **options)
 
 
 def test_no_prompt_is_an_error(engine: Engine) -> None:

@@ -46,6 +46,7 @@ class Recorder(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("model", "config", "context"), [("sd15", SD15, 768), ("sdxl", SDXL, 2048)])
 def test_unet_sites_equal_the_published_graph(model, config, context):
     diffusers = pytest.importorskip("diffusers")
