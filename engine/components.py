@@ -17,6 +17,7 @@ from .conditioning import text as clip
 from .config import EngineConfig, ResolvedConfig, resolve
 from .errors import CheckpointError
 from .families import BUILTIN, Family, builtin_folder, family_of
+from .models.transforms import check_transforms, transform
 from .models.unet import UNet
 from .models.unet_config import UNetConfig
 from .models.vae import AutoencoderKL, VAEConfig
@@ -97,6 +98,7 @@ def load_components(source: str | Path, config: EngineConfig) -> Components:
     for name in encoders if family.text != "none" else ():
         modules[name] = clip.build_model(checkpoint.components[name], checkpoint.config(name))
     _check_parts(family, modules, checkpoint)
+    check_transforms(resolved.transforms)
     _load(checkpoint, modules, resolved)
     binders = {name: Binder(modules[name], resolved) for name in ("unet", "vae") if name in modules}
     text = tuple(_text_encoder(checkpoint, family, name, modules[name]) for name in encoders if name in modules)
@@ -128,6 +130,8 @@ def _load(checkpoint: Checkpoint, modules: Mapping[str, nn.Module], config: Reso
     for name, module in modules.items():
         dtype = config.vae_dtype if name == "vae" else config.dtype
         load_weights(module, stored[name], maps[name], device=config.device, dtype=dtype, what=name)
+        if name in ("unet", "vae"):
+            transform(module, config.transforms)
 
 
 def _text_encoder(checkpoint: Checkpoint, family: Family, name: str, module: nn.Module) -> clip.TextEncoder:

@@ -41,6 +41,7 @@ class EngineConfig:
     variant: str | None = None
     download: bool = False
     vae_tiling: bool | Literal["auto"] = "auto"
+    transforms: tuple[str, ...] = ()
     safety: SafetyHook | None = None
 
 
@@ -54,6 +55,7 @@ class ResolvedConfig:
     kernels: str | Mapping[str, str]
     max_rows: int
     vae_tiling: bool | Literal["auto"]
+    transforms: tuple[str, ...]
     safety: SafetyHook | None
 
 
@@ -90,6 +92,7 @@ def resolve(config: EngineConfig, *, vae_force_upcast: bool = False) -> Resolved
         kernels=config.kernels,
         max_rows=config.max_rows or 8,
         vae_tiling=config.vae_tiling,
+        transforms=tuple(config.transforms),
         safety=config.safety,
     )
 

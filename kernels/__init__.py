@@ -9,13 +9,25 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .add_layer_norm.op import add_layer_norm
     from .attention.op import attention
+    from .bias_residual_add.op import bias_residual_add
     from .geglu.op import geglu
     from .group_norm_silu.op import group_norm_silu
+    from .guidance_stats.op import guidance_stats
     from .layer_norm.op import layer_norm
     from .sampler_step.op import sampler_step
 
-__all__ = ["attention", "geglu", "group_norm_silu", "layer_norm", "sampler_step"]
+__all__ = [
+    "add_layer_norm",
+    "attention",
+    "bias_residual_add",
+    "geglu",
+    "group_norm_silu",
+    "guidance_stats",
+    "layer_norm",
+    "sampler_step",
+]
 
 
 class _Kernels(ModuleType):

@@ -23,6 +23,15 @@ class Site(nn.Module):
         super().__init__()
         self.op = op
         self.bound: Callable[..., Any] = op.reference
+        self.recording = False
+
+    @property
+    def fused(self) -> bool:
+        """Whether a fused implementation is bound: then callers leave to it what it can do in the same pass.
+
+        Also true while calls are recorded, so that the recorded call is the one a fused implementation would get.
+        """
+        return self.recording or self.bound is not self.op.reference
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the bound implementation; arguments as the op's reference."""
@@ -74,11 +83,14 @@ def record(model: nn.Module, run: Callable[[], Any]) -> dict[str, Call]:
             calls[path] = module.op.describe(*args, **kwargs)
 
         handles.append(site.register_forward_pre_hook(note, with_kwargs=True))
+        site.recording = True
     try:
         run()
     finally:
         for handle in handles:
             handle.remove()
+        for site in _sites(model).values():
+            site.recording = False
     return calls
 
 

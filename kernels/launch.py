@@ -30,7 +30,8 @@ class Compilation:
     """One specialisation of a kernel that real launches make.
 
     signature: argument name -> Triton type ("*bf16", "i32", "fp32"), constexpr arguments left out; constants: values of
-    the constexpr arguments; divisible: arguments whose value (or address) is a multiple of 16.
+    the constexpr arguments; divisible: arguments whose value (or address) is a multiple of 16; targets: architectures
+    that launch it ("sm_90", "gfx942"), empty for all.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Compilation:
     constants: Mapping[str, Any]
     options: Options
     divisible: frozenset[str] = field(default_factory=frozenset)
+    targets: frozenset[str] = field(default_factory=frozenset)
 
 
 def launcher(kernel: Any) -> Any:

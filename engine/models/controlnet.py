@@ -99,8 +99,8 @@ class ControlNet(Trunk):
         for each of the n skips and the middle (`guess_scales`).
         """
         x, skips = self.descend(self.stem(latents) + image, prepared.at(update))
-        outputs = [conv(skip) for conv, skip in zip(self.controlnet_down_blocks, skips, strict=True)]
-        outputs.append(self.controlnet_mid_block(x))
+        outputs = [conv(skip.x) for conv, skip in zip(self.controlnet_down_blocks, skips, strict=True)]
+        outputs.append(self.controlnet_mid_block(x.x))
         if self.control.pool:
             outputs = [t.mean((2, 3), keepdim=True) for t in outputs]
         factors = scale.to(self.dtype).reshape(len(scale), -1).expand(-1, len(outputs))

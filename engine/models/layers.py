@@ -6,13 +6,21 @@ Images are [R, C, h, w] in channels-last memory, so their token view [R, h*w, C]
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...kernels import attention, geglu, group_norm_silu, layer_norm
+from ...kernels import add_layer_norm, attention, bias_residual_add, geglu, group_norm_silu, layer_norm
 from ...kernels.dispatch import Site
+
+
+class Image(NamedTuple):
+    """An image [R, C, h, w] and, where a fused op has just written it, its partial statistics for the next norm."""
+
+    x: Tensor
+    stats: Tensor | None = None
 
 
 class GroupNorm(nn.Module):
@@ -27,16 +35,20 @@ class GroupNorm(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
+        image: Image,
         *,
         pre_bias: Tensor | None = None,
         scale: Tensor | None = None,
         shift: Tensor | None = None,
-        x2: Tensor | None = None,
+        skip: Image | None = None,
     ) -> Tensor:
-        """x: [R, C1, h, w]; x2: [R, C2, h, w], normalised as if concatenated; pre_bias, scale, shift: [R, C1 + C2]."""
+        """skip: more channels, normalised as if concatenated; pre_bias, scale, shift: [R or 1, C]."""
+        x2, stats = None, image.stats
+        if skip is not None:
+            x2 = skip.x
+            stats = None if stats is None or skip.stats is None else torch.cat([stats, skip.stats], -1)
         return self.op(
-            x,
+            image.x,
             self.weight,
             self.bias,
             self.groups,
@@ -46,7 +58,27 @@ class GroupNorm(nn.Module):
             scale=scale,
             shift=shift,
             x2=x2,
+            partial_stats=stats,
         )
+
+
+class ResidualAdd(nn.Module):
+    """The exit of a block: branch + residual, and the statistics of the sum where the op is fused."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.op = Site(bias_residual_add)
+
+    @property
+    def fused(self) -> bool:
+        """Whether the branch's bias is to be left to this op."""
+        return self.op.fused
+
+    def forward(self, x: Tensor, bias: Tensor | None, residual: Tensor) -> Image:
+        """x, residual: [R, C, h, w]; bias: [C], only where `fused`."""
+        if self.fused:
+            return Image(*self.op(x, bias, residual))
+        return Image(x + residual)
 
 
 class LayerNorm(nn.Module):
@@ -63,6 +95,20 @@ class LayerNorm(nn.Module):
         return self.op(x, self.weight, self.bias, 1e-5)
 
 
+class AddLayerNorm(nn.Module):
+    """x + residual, and its layer normalisation; the parameters of a `LayerNorm`."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels))
+        self.bias = nn.Parameter(torch.empty(channels))
+        self.op = Site(add_layer_norm)
+
+    def forward(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """x, residual: [R, L, C]; returns the normalised sum and the sum."""
+        return self.op(x, residual, self.weight, self.bias, 1e-5)
+
+
 class Attention(nn.Module):
     """Multi-head attention of tokens over themselves, or over the prompt by keys and values projected beforehand."""
 
@@ -73,6 +119,7 @@ class Attention(nn.Module):
         self.to_q = nn.Linear(channels, channels, bias=False)
         self.to_k = nn.Linear(context_dim or channels, channels, bias=False)
         self.to_v = nn.Linear(context_dim or channels, channels, bias=False)
+        self.to_qkv: nn.Linear | None = None  # transforms.fuse_qkv replaces the three above
         self.to_out = nn.Sequential(nn.Linear(channels, channels))
         self.op = Site(attention)
         self.span = slice(0, 0)  # where this layer's keys and values lie in Prepared.kv; set by the network
@@ -83,12 +130,12 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, kv: Tensor | None = None, kv_len: Tensor | None = None) -> Tensor:
         """x: [R, L, C]; kv: [R, Lk, *] all layers' keys and values (cross-attention only); kv_len: int32 [R]."""
-        if not self.crossed:
-            k, v, kv_len = self.to_k(x), self.to_v(x), None
-        else:
+        if self.crossed:
             assert kv is not None, "cross-attention needs the prepared keys and values"
-            k, v = kv[..., self.span].chunk(2, -1)
-        q, k, v = (t.unflatten(-1, (self.heads, -1)) for t in (self.to_q(x), k, v))  # [R, L, H, D]
+            parts = (self.to_q(x), *kv[..., self.span].chunk(2, -1))
+        else:
+            parts, kv_len = project_qkv(self, x), None
+        q, k, v = (t.unflatten(-1, (self.heads, -1)) for t in parts)  # [R, L, H, D]
         return self.to_out(self.op(q, k, v, kv_len=kv_len).flatten(2))
 
 
@@ -100,14 +147,16 @@ class SelfAttention2d(nn.Module):
         self.heads = heads
         self.group_norm = None if groups is None else GroupNorm(channels, groups, eps, silu=False)
         self.to_q, self.to_k, self.to_v = (nn.Linear(channels, channels) for _ in range(3))
+        self.to_qkv: nn.Linear | None = None  # transforms.fuse_qkv replaces the three above
         self.to_out = nn.Sequential(nn.Linear(channels, channels))
         self.op = Site(attention)
+        self.exit = ResidualAdd()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: [R, C, h, w]."""
-        tokens = to_tokens(x if self.group_norm is None else self.group_norm(x))
-        q, k, v = (proj(tokens).unflatten(-1, (self.heads, -1)) for proj in (self.to_q, self.to_k, self.to_v))
-        return x + to_image(self.to_out(self.op(q, k, v).flatten(2)), x)
+    def forward(self, image: Image) -> Image:
+        """image: [R, C, h, w]."""
+        tokens = to_tokens(image.x if self.group_norm is None else self.group_norm(image))
+        q, k, v = (t.unflatten(-1, (self.heads, -1)) for t in project_qkv(self, tokens))
+        return self.exit(to_image(self.to_out(self.op(q, k, v).flatten(2)), image.x), None, image.x)
 
 
 class FeedForward(nn.Module):
@@ -144,9 +193,12 @@ class Upsample(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.folded: nn.Parameter | None = None  # transforms.fold_upsample: both steps as one transposed convolution
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         """x: [R, C, h, w]; size: the height and width to reach."""
+        if self.folded is not None and size == (2 * x.shape[-2], 2 * x.shape[-1]):
+            return F.conv_transpose2d(x, self.folded, self.conv.bias, stride=2, padding=1)
         return self.conv(nearest(x, size))
 
 
@@ -177,6 +229,18 @@ def sinusoid(t: Tensor, dim: int, sine_first: bool, frequency_shift: float) -> T
     angle = t[..., None].float() * torch.exp(exponent)
     parts = [angle.sin(), angle.cos()] if sine_first else [angle.cos(), angle.sin()]
     return F.pad(torch.cat(parts, -1), (0, dim % 2))
+
+
+def project_qkv(layer: Attention | SelfAttention2d, x: Tensor) -> tuple[Tensor, ...]:
+    """Queries, keys and values [R, L, C] of tokens: three projections, or views of one where they are fused."""
+    if layer.to_qkv is not None:
+        return layer.to_qkv(x).chunk(3, -1)
+    return layer.to_q(x), layer.to_k(x), layer.to_v(x)
+
+
+def convolve(conv: nn.Conv2d, x: Tensor, bias: bool = True) -> Tensor:
+    """conv(x), or without its bias where the next op adds it."""
+    return conv(x) if bias else F.conv2d(x, conv.weight, None, conv.stride, conv.padding)
 
 
 def to_tokens(x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import RequestError
-from .layers import Attention, GroupNorm, TimestepEmbedding, channels_last, sinusoid
+from .layers import Attention, GroupNorm, Image, TimestepEmbedding, channels_last, sinusoid
 from .unet_blocks import DownBlock, MiddleBlock, ResBlock, Step, UpBlock
 from .unet_config import UNetConfig
 
@@ -101,9 +101,7 @@ class Trunk(nn.Module):
         """
         self._check(conditioning)
         embedding = F.silu(self._embed(conditioning, timesteps))  # [R, U, T]
-        projections = [b.time_emb_proj for b in self._time_blocks() if b.time_emb_proj is not None]
-        weight = torch.cat([p.weight for p in projections])
-        time = F.linear(embedding, weight, torch.cat([p.bias for p in projections]))
+        time = F.linear(embedding, *self._time_projections())
         if conditioning.hidden is None:
             return Prepared(time=time)
         hidden = conditioning.hidden.to(self.dtype)
@@ -116,8 +114,9 @@ class Trunk(nn.Module):
         """dtype of the weights; latents and conditioning are taken in it."""
         return self.conv_in.weight.dtype
 
-    def descend(self, x: Tensor, step: Step) -> tuple[Tensor, list[Tensor]]:
+    def descend(self, stem: Tensor, step: Step) -> tuple[Image, list[Image]]:
         """From the image after `conv_in` to the one after the middle, and the skips in the order they arise."""
+        x = Image(stem)
         skips = [x]
         for block in self.down_blocks:
             x, more = block(x, step)
@@ -140,6 +139,16 @@ class Trunk(nn.Module):
         for layer in self._prompt_layers():
             layer.span = slice(start, start + 2 * layer.channels)
             start = layer.span.stop
+
+    def _time_projections(self) -> tuple[Tensor, Tensor]:
+        """Weight [sum over the blocks, T] and bias of all time projections; the bias holds conv1's where it can."""
+        weights, biases = [], []
+        for block in self._time_blocks():
+            assert block.time_emb_proj is not None
+            weights.append(block.time_emb_proj.weight)
+            first = block.conv1.bias if block.folded else None
+            biases.append(block.time_emb_proj.bias if first is None else block.time_emb_proj.bias + first)
+        return torch.cat(weights), torch.cat(biases)
 
     def _time_blocks(self) -> list[ResBlock]:
         return [module for module in self.modules() if isinstance(module, ResBlock)]
@@ -220,8 +229,8 @@ class UNet(Trunk):
         step = prepared.at(update)
         x, skips = self.descend(self.stem(latents), step)
         if residuals is not None:
-            skips = [skip + extra for skip, extra in zip(skips, residuals.down, strict=True)]
-            x = x + residuals.middle
+            skips = [Image(skip.x + extra) for skip, extra in zip(skips, residuals.down, strict=True)]
+            x = Image(x.x + residuals.middle)
         for block in self.up_blocks:
             x = block(x, step, skips)
         return self.conv_out(self.conv_norm_out(x))

@@ -9,14 +9,18 @@ from typing import Literal
 from torch import Tensor, nn
 
 from .layers import (
+    AddLayerNorm,
     Attention,
     Downsample,
     FeedForward,
     GroupNorm,
+    Image,
     LayerNorm,
+    ResidualAdd,
     SelfAttention2d,
     Upsample,
     concat_channels,
+    convolve,
     halve,
     nearest,
     to_image,
@@ -51,25 +55,41 @@ class ResBlock(nn.Module):
         self.norm2 = GroupNorm(channels, options.groups, options.eps)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
         self.conv_shortcut = None if in_channels == channels else nn.Conv2d(in_channels, channels, 1)
+        self.exit = ResidualAdd()
         self.span = slice(0, 0)  # where this block's projection lies in Step.time; set by the network
 
-    def forward(self, x: Tensor, step: Step, skip: Tensor | None = None, size: tuple[int, int] | None = None) -> Tensor:
-        """x: [R, C, h, w]; skip: more channels of the input; size: what a block that upsamples has to reach."""
-        h = self.norm1(x, x2=skip)
-        x = concat_channels(x, skip)
+    @property
+    def folded(self) -> bool:
+        """Whether the time projection holds conv1's bias: both are added before the second norm."""
+        return self.time_emb_proj is not None and not self.scale_shift
+
+    def forward(
+        self, image: Image, step: Step, skip: Image | None = None, size: tuple[int, int] | None = None
+    ) -> Image:
+        """image: [R, C, h, w]; skip: more channels of the input; size: what a block that upsamples has to reach."""
+        h = self.norm1(image, skip=skip)
+        x = concat_channels(image.x, None if skip is None else skip.x)
         if self.resample is not None:
             change = _resampler(self.resample, size)
             x, h = change(x), change(h)
-        h = self.conv1(h)
-        if step.time is None:
-            h = self.norm2(h)
-        elif self.scale_shift:
-            scale, shift = step.time[:, self.span].chunk(2, 1)
-            h = self.norm2(h, scale=scale, shift=shift)
-        else:
-            h = self.norm2(h, pre_bias=step.time[:, self.span])
-        h = self.conv2(h)
-        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+        h = self._second_norm(h, step)
+        h = convolve(self.conv2, h, bias=not self.exit.fused)
+        return self.exit(h, self.conv2.bias, x if self.conv_shortcut is None else self.conv_shortcut(x))
+
+    def _second_norm(self, h: Tensor, step: Step) -> Tensor:
+        """norm2(conv1(h)), with the time embedding and conv1's bias added inside the norm where that is possible."""
+        inside = self.folded or self.norm2.op.fused
+        h = convolve(self.conv1, h, bias=not inside)
+        bias = self.conv1.bias
+        if self.folded:
+            assert step.time is not None
+            return self.norm2(Image(h), pre_bias=step.time[:, self.span])
+        pre_bias = None if bias is None or not inside else bias[None]
+        if self.time_emb_proj is None:
+            return self.norm2(Image(h), pre_bias=pre_bias)
+        assert step.time is not None
+        scale, shift = step.time[:, self.span].chunk(2, 1)
+        return self.norm2(Image(h), pre_bias=pre_bias, scale=scale, shift=shift)
 
 
 class TransformerBlock(nn.Module):
@@ -79,16 +99,16 @@ class TransformerBlock(nn.Module):
         super().__init__()
         self.norm1 = LayerNorm(channels)
         self.attn1 = Attention(channels, level.heads, options.cross_dim if level.cross_only else None)
-        self.norm2 = LayerNorm(channels)
+        self.norm2 = AddLayerNorm(channels)
         self.attn2 = Attention(channels, level.heads, options.cross_dim)
-        self.norm3 = LayerNorm(channels)
+        self.norm3 = AddLayerNorm(channels)
         self.ff = FeedForward(channels)
 
     def forward(self, x: Tensor, step: Step) -> Tensor:
         """x: [R, L, C]."""
-        x = x + self.attn1(self.norm1(x), step.kv, step.kv_len)
-        x = x + self.attn2(self.norm2(x), step.kv, step.kv_len)
-        return x + self.ff(self.norm3(x))
+        normed, x = self.norm2(self.attn1(self.norm1(x), step.kv, step.kv_len), x)
+        normed, x = self.norm3(self.attn2(normed, step.kv, step.kv_len), x)
+        return x + self.ff(normed)
 
 
 class Transformer2d(nn.Module):
@@ -100,13 +120,14 @@ class Transformer2d(nn.Module):
         self.proj_in = nn.Linear(level.channels, level.channels)
         self.transformer_blocks = nn.ModuleList(TransformerBlock(level.channels, level, options) for _ in range(depth))
         self.proj_out = nn.Linear(level.channels, level.channels)
+        self.exit = ResidualAdd()
 
-    def forward(self, x: Tensor, step: Step) -> Tensor:
-        """x: [R, C, h, w]."""
-        tokens = self.proj_in(to_tokens(self.norm(x)))
+    def forward(self, image: Image, step: Step) -> Image:
+        """image: [R, C, h, w]."""
+        tokens = self.proj_in(to_tokens(self.norm(image)))
         for block in self.transformer_blocks:
             tokens = block(tokens, step)
-        return x + to_image(self.proj_out(tokens), x)
+        return self.exit(to_image(self.proj_out(tokens), image.x), None, image.x)
 
 
 class DownBlock(nn.Module):
@@ -123,7 +144,7 @@ class DownBlock(nn.Module):
         elif level.resample == "resnet":
             self.downsamplers.append(ResBlock(level.channels, level.channels, options, resample="down"))
 
-    def forward(self, x: Tensor, step: Step) -> tuple[Tensor, list[Tensor]]:
+    def forward(self, x: Image, step: Step) -> tuple[Image, list[Image]]:
         """Returns the image for the next level and the skips for the way up, in the order they arise."""
         skips = []
         for i, resnet in enumerate(self.resnets):
@@ -132,7 +153,7 @@ class DownBlock(nn.Module):
                 x = _attend(self.attentions[i], x, step)
             skips.append(x)
         for downsampler in self.downsamplers:
-            x = downsampler(x, step) if isinstance(downsampler, ResBlock) else downsampler(x)
+            x = downsampler(x, step) if isinstance(downsampler, ResBlock) else Image(downsampler(x.x))
             skips.append(x)
         return x, skips
 
@@ -145,7 +166,7 @@ class MiddleBlock(nn.Module):
         self.resnets = nn.ModuleList(ResBlock(level.channels, level.channels, options) for _ in range(level.layers + 1))
         self.attentions = _attentions(level, options, options.middle_groups)
 
-    def forward(self, x: Tensor, step: Step) -> Tensor:
+    def forward(self, x: Image, step: Step) -> Image:
         """x: [R, C, h, w]."""
         x = self.resnets[0](x, step)
         for i, resnet in enumerate(list(self.resnets)[1:]):
@@ -173,7 +194,7 @@ class UpBlock(nn.Module):
         elif level.resample == "resnet":
             self.upsamplers.append(ResBlock(level.channels, level.channels, options, resample="up"))
 
-    def forward(self, x: Tensor, step: Step, skips: list[Tensor]) -> Tensor:
+    def forward(self, x: Image, step: Step, skips: list[Image]) -> Image:
         """x: [R, C, h, w]; takes its skips from the end of `skips` and enlarges x to the size of the next one, if any.
 
         Sizes that were odd on the way down are met this way, too.
@@ -183,8 +204,11 @@ class UpBlock(nn.Module):
             if self.attentions:
                 x = _attend(self.attentions[i], x, step)
         for upsampler in self.upsamplers:
-            size = (skips[-1].shape[-2], skips[-1].shape[-1]) if skips else (2 * x.shape[-2], 2 * x.shape[-1])
-            x = upsampler(x, step, size=size) if isinstance(upsampler, ResBlock) else upsampler(x, size)
+            height, width = skips[-1].x.shape[-2:] if skips else (2 * x.x.shape[-2], 2 * x.x.shape[-1])
+            if isinstance(upsampler, ResBlock):
+                x = upsampler(x, step, size=(height, width))
+            else:
+                x = Image(upsampler(x.x, (height, width)))
         return x
 
 
@@ -199,7 +223,7 @@ def _attentions(level: Level, options: BlockOptions, groups: int | None) -> nn.M
     return nn.ModuleList()
 
 
-def _attend(layer: nn.Module, x: Tensor, step: Step) -> Tensor:
+def _attend(layer: nn.Module, x: Image, step: Step) -> Image:
     return layer(x, step) if isinstance(layer, Transformer2d) else layer(x)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from .layers import GroupNorm, channels_last
+from .layers import GroupNorm, Image, channels_last
 from .unet_blocks import DownBlock, MiddleBlock, Step, UpBlock
 from .unet_config import AttentionKind, BlockOptions, Level
 
@@ -113,10 +113,10 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [R, 3, H, W] in -1..1; returns [R, out_channels, H / factor, W / factor]."""
-        x, step = self.conv_in(channels_last(x)), Step()
+        image, step = Image(self.conv_in(channels_last(x))), Step()
         for block in self.down_blocks:
-            x, _ = block(x, step)
-        return self.conv_out(self.conv_norm_out(self.mid_block(x, step)))
+            image, _ = block(image, step)
+        return self.conv_out(self.conv_norm_out(self.mid_block(image, step)))
 
 
 class Decoder(nn.Module):
@@ -135,7 +135,7 @@ class Decoder(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         """z: [R, C, h, w]; returns [R, 3, h * factor, w * factor]."""
         step = Step()
-        x = self.mid_block(self.conv_in(channels_last(z)), step)
+        x = self.mid_block(Image(self.conv_in(channels_last(z))), step)
         for block in self.up_blocks:
             x = block(x, step, [])
         return self.conv_out(self.conv_norm_out(x))

@@ -1,0 +1,1 @@
+"""A residual sum and its layer normalisation over the last dimension."""

@@ -1,0 +1,1 @@
+"""Inner products and means of the guidance branches: what guidance variants need to know of the network output."""
