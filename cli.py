@@ -220,11 +220,9 @@ def _readable_errors() -> Iterator[None]:
 
 def main() -> None:
     """Entry point of the `stepfuse` command."""
-    if len(sys.argv) > 1 and sys.argv[1] == "bench":
-        from .benchmarks.cli import app as bench
+    from .benchmarks.cli import app as bench
 
+    if not any(group.name == "bench" for group in app.registered_groups):
         app.add_typer(bench, name="bench")
-    else:
-        app.add_typer(typer.Typer(help="Benchmarks: latency, ..."), name="bench")
     with _readable_errors():
         app()

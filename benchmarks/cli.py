@@ -54,6 +54,14 @@ def latency(
         _show(record, Console())
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
+def kernels(context: typer.Context) -> None:
+    """Time every op against its rivals; options as of `python -m stepfuse.benchmarks.kernels`, see --help."""
+    from .kernels import main
+
+    raise typer.Exit(main(context.args))
+
+
 def _pixels(size: str | None) -> dict[str, int]:
     if size is None:
         return {}

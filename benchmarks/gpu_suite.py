@@ -45,6 +45,9 @@ PARTS = (
     Part("conv", "convs", 120, "convolutions at the models' shapes"),
     Part("unet", "unets", 480, "diffusers U-Net baselines: eager, graph, cuDNN attention, compiled"),
     Part("unet-own", "own_unets", 180, "our own U-Net graphs, the same evaluations"),
+    Part("kernels", "kernel_ops", 300, "every op against its rivals at the models' shapes"),
+    Part("update-ablation", "update_ablation", 300, "our update with one op switched at a time, as a graph"),
+    Part("vae-ablation", "vae_ablation", 120, "our decoding with one op switched at a time, as a graph"),
     Part("vae", "vaes", 180, "decoding: dtype, layout, folding, compilation"),
     Part("latency", "latencies", 60, "our engine, end to end, with the built-in model"),
     Part("tests", "gpu_tests", 180, "the GPU tests"),
@@ -71,7 +74,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     if options.list:
         for part in PARTS:
-            print(f"{part.name:14} {part.seconds:4.0f} s  {part.about}")
+            print(f"{part.name:16} {part.seconds:4.0f} s  {part.about}")
         return 0
     if options.merge:
         for path in merge(options.merge, options.into):

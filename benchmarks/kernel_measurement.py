@@ -48,11 +48,13 @@ def measure(shape: Shape, settings: Settings) -> dict[str, Any]:
         rotate = buffers_for_cold(work.bytes, device)
         buffers = [first, *(shape.make(device, settings.dtype, seed) for seed in range(1, rotate))]
         variants, gates, refused = _variants(op, first, plain, exact, settings)
+        if "reference" not in variants:
+            raise RuntimeError(f"{op.name}: the torch reference does not run on this call: {refused['reference']}")
         del exact, plain
         with ClockLog() as clocks:
             timings = _time(variants, buffers, work, settings)
     states = sorted({state for _, state in timings}, reverse=True)  # warm, cold
-    spreads = {state: _spread(timings["reference", state], timings[CONTROL, state]) for state in states}
+    spreads = {state: spread(timings["reference", state], timings[CONTROL, state]) for state in states}
     record: dict[str, Any] = {
         "op": op.name,
         "model": shape.model,
@@ -117,7 +119,7 @@ def _time(
     """(variant, "warm" or "cold") -> timing, all interleaved; cold only where buffers rotate."""
     copies = ceilings.copies(work.bytes, len(buffers), settings.device)
     sequences: dict[tuple[str, str], list[Callable[[], object]]] = {}
-    for state in ("warm", "cold")[: 1 if len(buffers) == 1 and settings.device.type == "cpu" else 2]:
+    for state in ("warm", "cold") if settings.device.type == "cuda" else ("warm",):
         some = slice(1 if state == "warm" else len(buffers))
         sequences[COPY, state] = copies[some]
         for name, function in ((CONTROL, variants["reference"]), *variants.items()):
@@ -156,7 +158,7 @@ def _facts(
     return facts
 
 
-def _spread(a: Timing, b: Timing) -> float:
+def spread(a: Timing, b: Timing) -> float:
     """How far two instances of the same thing lie apart, relative: in median, 10th or 90th percentile, the largest."""
     pairs = ((a.median_s, b.median_s), (a.p10_s, b.p10_s), (a.p90_s, b.p90_s))
     return max(abs(x - y) / min(x, y) for x, y in pairs)

@@ -1,7 +1,7 @@
 """The shapes at which ops are timed: those of our own graphs, read from an evaluation with fake tensors.
 
 Nothing is listed by hand, so the list cannot fall behind the graphs. An op that no graph calls takes the shapes of the
-norm beside which it would stand, and counts no calls.
+op beside which it would stand, and counts no calls.
 """
 
 from __future__ import annotations
@@ -25,7 +25,11 @@ UNETS: dict[str, dict[str, Any]] = {"sdxl": unets.SDXL, "sd15": unets.SD15}
 DECODERS = {"sdxl-vae": (vaes.SDXL, 128), "sd15-vae": (vaes.SDXL, 64)}  # one autoencoder at two latent sizes
 MODELS = (*UNETS, *DECODERS)
 TINY = ("tiny", "tiny-vae")
-BESIDE = {"add_layer_norm": "layer_norm", "bias_residual_add": "group_norm_silu"}
+BESIDE = {
+    "add_layer_norm": "layer_norm",
+    "bias_residual_add": "group_norm_silu",
+    "guidance_stats": "sampler_step",
+}
 
 
 @dataclass(frozen=True)
@@ -99,9 +103,10 @@ def shapes(model: str, rows: int = 2) -> list[Shape]:
             raise ValueError(f"unknown model {model!r}; expected one of: {', '.join(MODELS + TINY)}")
     made = [Shape(op, model, arguments, count) for (op, arguments), count in counted.items()]
     made += [_stochastic(shape) for shape in made if shape.op == "sampler_step"]
-    for op, norm in BESIDE.items():
-        if not any(shape.op == op for shape in made):
-            made += list(dict.fromkeys(_beside(op, shape) for shape in made if shape.op == norm and not _joined(shape)))
+    for op, other in BESIDE.items():
+        if op in REGISTRY and not any(shape.op == op for shape in made):
+            near = (shape for shape in made if shape.op == other and not _joined(shape))
+            made += list(dict.fromkeys(_beside(op, shape) for shape in near))
     return sorted(made, key=lambda s: (s.op, -max(s.count, 1) * sum(i.elements for i in s.inputs().values())))
 
 
@@ -117,7 +122,7 @@ def _decoding(config: Mapping[str, Any], size: int) -> tuple[nn.Module, Callable
 
 
 def _record(module: nn.Module, run: Callable[[], Any]) -> Counter[tuple[str, tuple[tuple[str, Any], ...]]]:
-    """Every op call of `run`, by op and arguments."""
+    """Every op call of `run`, by op and arguments, as fused implementations would get it."""
     calls: Counter[tuple[str, tuple[tuple[str, Any], ...]]] = Counter()
 
     def note(site: nn.Module, args: Any, kwargs: Any) -> None:
@@ -126,14 +131,11 @@ def _record(module: nn.Module, run: Callable[[], Any]) -> Counter[tuple[str, tup
         bound.apply_defaults()
         calls[site.op.name, tuple((name, _input(value)) for name, value in bound.arguments.items())] += 1
 
-    handles = [
-        site.register_forward_pre_hook(note, with_kwargs=True) for site in module.modules() if isinstance(site, Site)
-    ]
-    try:
-        run()
-    finally:
-        for handle in handles:
-            handle.remove()
+    for site in module.modules():
+        if isinstance(site, Site):
+            site.recording = True
+            site.register_forward_pre_hook(note, with_kwargs=True)
+    run()
     return calls
 
 
@@ -149,14 +151,14 @@ def _stochastic(shape: Shape) -> Shape:
     return replace(shape, count=0, arguments=tuple((n, 2 if n == "draws" else v) for n, v in shape.arguments))
 
 
-def _joined(norm: Shape) -> bool:
-    return any(name in ("x2", "partial_stats") for name in norm.inputs())
+def _joined(shape: Shape) -> bool:
+    return any(name in ("x2", "partial_stats") for name in shape.inputs())
 
 
-def _beside(op: str, norm: Shape) -> Shape:
-    """The call of `op` whose result `norm` would read: its other image is like x."""
-    given = dict(norm.arguments)
-    return Shape(op, norm.model, tuple((n, given.get(n, given["x"])) for n in REGISTRY[op].signature.parameters), 0)
+def _beside(op: str, shape: Shape) -> Shape:
+    """The call of `op` next to the one of `shape`: arguments of the same name are equal, another image is like x."""
+    given = dict(shape.arguments)
+    return Shape(op, shape.model, tuple((n, given.get(n, given["x"])) for n in REGISTRY[op].signature.parameters), 0)
 
 
 def _tensor(

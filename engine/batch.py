@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any, Protocol, Self
 
 import torch
@@ -25,15 +26,17 @@ class ModelRows(Protocol):
 
 @dataclass(eq=False)
 class Batch:
-    """R rows with J guidance branches each: latents and history float32 [R, ...], tables float32 [R, U, K].
+    """R rows with up to J guidance branches each, evaluated as M model rows: one per branch a row has.
 
-    x, base: [R, C, h, w]; history: [R, 3, C, h, w]; model_input: c_in * x of the next update; update: int64 [R], the
-    next line of each row's table; weights: [R, J] guidance weights; rescale: [R] guidance_rescale; seeds: int64 [R];
-    bad: bool [R], NaN or Inf was seen; prepared: R * J model rows. owners: host ids of the rows. draws: the most noises
-    one update of any row needs (0: all rows are deterministic).
+    x, base: float32 [R, C, h, w]; history: [R, 3, C, h, w]; model_input: c_in * x of the next update; table: [R, U, K];
+    update: int64 [R], the next line of each row's table; weights: [R, J] guidance weights, 0 for branches a row does
+    not have; rescale: [R] guidance_rescale; seeds: int64 [R]; bad: bool [R], NaN or Inf was seen; prepared: M model
+    rows. owners: host ids of the rows; branches: how many each has; draws: the most noises one update of any row needs
+    (0: all rows are deterministic).
     """
 
     owners: list[Any]
+    branches: list[int]
     x: torch.Tensor
     base: torch.Tensor
     history: torch.Tensor
@@ -47,37 +50,53 @@ class Batch:
     prepared: ModelRows
     draws: int = 0
 
+    def __post_init__(self) -> None:
+        device = self.x.device
+        self.row_of = torch.tensor([row for row, n in enumerate(self.branches) for _ in range(n)], device=device)
+        """int64 [M], the row of every model row."""
+        width, found = self.weights.shape[1], self._model_rows()
+        self.model_rows = torch.tensor([rows + rows[:1] * (width - len(rows)) for rows in found], device=device)
+        """int64 [R, J], the model row of every branch; branches a row does not have point at its first."""
+
     def __len__(self) -> int:
         return len(self.owners)
 
-    @property
-    def branches(self) -> int:
-        """Guidance branches per row, J."""
-        return self.weights.shape[1]
-
     def join(self, other: Batch) -> Batch:
         """A batch with the rows of `other` after these."""
-        longest = max(self.table.shape[1], other.table.shape[1])
-        tables = [F.pad(part.table, (0, 0, 0, longest - part.table.shape[1])) for part in (self, other)]
-        joined: dict[str, Any] = {
-            f.name: torch.cat([getattr(self, f.name), getattr(other, f.name)])
-            for f in fields(self)
-            if f.name not in ("owners", "table", "prepared", "draws")
-        }
-        prepared = type(self.prepared).cat([self.prepared, other.prepared])
-        draws = max(self.draws, other.draws)
+        lines = max(self.table.shape[1], other.table.shape[1])
+        width = max(self.weights.shape[1], other.weights.shape[1])
+        joined: dict[str, Any] = {}
+        for name in _PER_ROW:
+            parts = [getattr(self, name), getattr(other, name)]
+            if name == "table":
+                parts = [F.pad(part, (0, 0, 0, lines - part.shape[1])) for part in parts]
+            if name == "weights":
+                parts = [F.pad(part, (0, width - part.shape[1])) for part in parts]
+            joined[name] = torch.cat(parts)
         return Batch(
-            owners=self.owners + other.owners, table=torch.cat(tables), prepared=prepared, draws=draws, **joined
+            owners=self.owners + other.owners,
+            branches=self.branches + other.branches,
+            prepared=type(self.prepared).cat([self.prepared, other.prepared]),
+            draws=max(self.draws, other.draws),
+            **joined,
         )
 
     def select(self, rows: Sequence[int]) -> Batch:
         """A batch with only the rows at positions `rows`."""
-        index = torch.tensor(list(rows), dtype=torch.int64, device=self.x.device)
-        branch = torch.arange(self.branches, device=self.x.device)
-        model_rows = (index[:, None] * self.branches + branch).flatten()
-        kept: dict[str, Any] = {
-            f.name: getattr(self, f.name)[index] for f in fields(self) if f.name not in ("owners", "prepared", "draws")
-        }
-        owners = [self.owners[row] for row in rows]
-        prepared = self.prepared.index_select(model_rows)
-        return Batch(owners=owners, prepared=prepared, draws=self.draws, **kept)
+        found, device = self._model_rows(), self.x.device
+        index = torch.tensor(list(rows), dtype=torch.int64, device=device)
+        model_rows = torch.tensor([m for row in rows for m in found[row]], dtype=torch.int64, device=device)
+        return Batch(
+            owners=[self.owners[row] for row in rows],
+            branches=[self.branches[row] for row in rows],
+            prepared=self.prepared.index_select(model_rows),
+            draws=self.draws,
+            **{name: getattr(self, name)[index] for name in _PER_ROW},
+        )
+
+    def _model_rows(self) -> list[list[int]]:
+        starts = [0, *accumulate(self.branches)]
+        return [list(range(start, start + n)) for start, n in zip(starts, self.branches, strict=False)]
+
+
+_PER_ROW = ("x", "base", "history", "model_input", "table", "update", "weights", "rescale", "seeds", "bad")

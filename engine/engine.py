@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import threading
 import time
@@ -54,14 +55,9 @@ class Ticket:
 
     @property
     def bucket(self) -> tuple[Any, ...]:
-        """Rows with equal buckets can share a forward."""
+        """Rows with equal buckets can share a forward: size in pixels and text length."""
         hidden = None if self.conditioning is None else self.conditioning.hidden
-        return (
-            self.settled.height,
-            self.settled.width,
-            self.settled.branches,
-            None if hidden is None else hidden.shape[1],
-        )
+        return self.settled.height, self.settled.width, None if hidden is None else hidden.shape[1]
 
 
 Row = tuple[Ticket, int]
@@ -80,6 +76,7 @@ class Engine:
         self._closed = False
         self._worker = threading.Thread(target=self._serve, name="stepfuse-engine", daemon=True)
         self._worker.start()
+        atexit.register(self.close)  # a worker inside torch while the interpreter ends would abort the process
 
     @classmethod
     def load(
@@ -152,6 +149,7 @@ class Engine:
             self._news.notify_all()
         if threading.current_thread() is not self._worker:
             self._worker.join()
+        atexit.unregister(self.close)
 
     def __enter__(self) -> Engine:
         return self

@@ -59,6 +59,7 @@ def start(
     model_rows = [index * settled.branches + branch for index in images for branch in range(settled.branches)]
     return Batch(
         owners=list(owners),
+        branches=[settled.branches] * rows,
         x=x,
         base=x.clone(),
         history=x.new_zeros(rows, 3, *x.shape[1:]),

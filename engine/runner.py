@@ -42,13 +42,10 @@ class EagerRunner:
     @torch.inference_mode()
     def update(self, batch: Batch) -> Before:
         """One network evaluation and sampler update of every row, in place of the batch's tensors."""
-        branches = batch.branches
-        latents = batch.model_input.to(self.parts.config.dtype).repeat_interleave(branches, 0)
-        updates = batch.update.repeat_interleave(branches)
-        denoise = partial(self.parts.denoiser, latents, batch.prepared, updates)
+        latents = batch.model_input.to(self.parts.config.dtype)[batch.row_of]
+        denoise = partial(self.parts.denoiser, latents, batch.prepared, batch.update[batch.row_of])
         self.parts.binders["unet"].bind(tuple(latents.shape), denoise)
-        raw = denoise()
-        outputs = raw.unflatten(0, (len(batch), branches)).to(batch.x.dtype)
+        outputs = denoise()[batch.model_rows].to(batch.x.dtype)
         weights = rescale_weights(outputs, batch.weights, batch.rescale)
         lines = batch.table[torch.arange(len(batch), device=batch.x.device), batch.update]
         before = Before(batch.x, outputs, weights, lines)

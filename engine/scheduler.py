@@ -1,6 +1,6 @@
 """Which rows run next. Pure Python, no torch: rows are opaque hashable ids, buckets are hashable keys.
 
-A bucket is a set of rows that can share one forward (same latent shape, text length, number of guidance branches). Rows
+A bucket is a set of rows that can share one forward (same latent shape and text length). Rows
 wait first come, first served; at most `max_rows` run at once; buckets with running rows take turns, one update each.
 """
 

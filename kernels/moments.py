@@ -51,15 +51,12 @@ def welford(mean, squares, v, inside, count):
 
 @triton.jit
 def merge_lanes(mean, squares, length, BLOCK_S: tl.constexpr):
-    """Mean and M2 over axis 0 of lanes that took `length` values in turn (Chan et al. 1983, with their correction)."""
+    """Mean and M2 over axis 0 of lanes that took `length` values in turn (Chan et al. 1983, eq. 2.1)."""
     lane = tl.arange(0, BLOCK_S)
     counts = (tl.maximum(length - lane + BLOCK_S - 1, 0) // BLOCK_S).to(tl.float32)[:, None]
-    weights = counts / length.to(tl.float32)
-    centre = tl.sum(mean * weights, 0)
+    centre = tl.sum(mean * counts, 0) / length
     apart = tl.where(counts > 0, mean - centre[None, :], 0.0)
-    rest = tl.sum(apart * weights, 0)
-    total = tl.sum(squares + counts * apart * apart, 0) - length.to(tl.float32) * rest * rest
-    return centre + rest, tl.maximum(total, 0.0)
+    return centre, tl.sum(squares + counts * apart * apart, 0)
 
 
 @triton.jit

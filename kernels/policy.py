@@ -4,6 +4,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
+from . import launch_configs
 from .op import REGISTRY, Call, Implementation, Op, UnsupportedCallError
 
 Choice = str | Mapping[str, str]
@@ -66,8 +67,12 @@ def choose(op: Op, call: Call, choice: Choice | None = None) -> Implementation:
 
 
 def automatic(op: Op, call: Call) -> Implementation:
-    """The first implementation that fits, in order of registration, with the reference last; the reference on CPU."""
+    """The implementation that was fastest on this device (launch_configs.py) if it fits, else the first that fits in
+    order of registration, with the reference last; always the reference on CPU and for gradients."""
     if call.device != "cpu" and not call.requires_grad:
+        measured = op.implementations.get(launch_configs.implementation(op.name, call) or "")
+        if measured is not None and measured.unsupported(call) is None:
+            return measured
         for name, implementation in op.implementations.items():
             if name != "reference" and implementation.unsupported(call) is None:
                 return implementation

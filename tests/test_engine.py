@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -69,6 +71,20 @@ def test_unlike_requests_in_one_batch_equal_their_solo_runs(engine: Engine) -> N
         Request(prompt="a", seed=6, steps=4, sampler="ddpm", width=96, height=64, output="latent"),
     ]
     together = engine.generate(requests)
+    for request, found in zip(requests, together, strict=True):
+        assert relative(found.latents, engine.generate(request).latents) <= SOLO
+
+
+def test_rows_without_guidance_cost_one_model_row_beside_guided_ones(
+    engine: Engine, small: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    denoiser, sizes = engine.components.denoiser, []
+    forward = denoiser.forward
+    monkeypatch.setattr(denoiser, "forward", lambda x, *rest: (sizes.append(len(x)), forward(x, *rest))[1])
+    requests = [Request(prompt=PROMPT, seed=i, guidance_scale=g, **small) for i, g in enumerate((1.0, 5.0, 1.0))]
+    together = engine.generate(requests)
+    assert set(sizes) == {4}, "1 + 2 + 1 model rows in every update"
+    monkeypatch.undo()
     for request, found in zip(requests, together, strict=True):
         assert relative(found.latents, engine.generate(request).latents) <= SOLO
 
@@ -189,6 +205,17 @@ def test_closing_ends_what_is_queued(reference_pipeline: Callable[[str], Path]) 
             job.result(5)
     with pytest.raises(EngineClosed):
         engine.generate(PROMPT)
+
+
+def test_a_program_that_forgets_to_close_ends_cleanly() -> None:
+    program = (
+        "from stepfuse import Engine\n"
+        "engine = Engine.load('shapes', device='cpu')\n"
+        "engine.submit('a red circle', steps=900, sampler='ddim')\n"
+        "engine.generate('a red circle', steps=1)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_too_long_a_prompt_is_reported_with_what_was_cut(engine: Engine, small: dict[str, int]) -> None:

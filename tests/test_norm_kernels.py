@@ -119,15 +119,24 @@ def outputs(result: object) -> tuple[Tensor, ...]:
     return result if isinstance(result, tuple) else (result,)  # type: ignore[return-value]
 
 
-def hold_to_the_reference(op: object, launch: Callable[..., object], arguments: dict[str, object]) -> None:
-    """Error of the kernel at most twice that of torch in the same dtype; layout, dtype and shape of the reference."""
+def hold_to_the_reference(
+    op: object, launch: Callable[..., object], arguments: dict[str, object], floor: tuple[float, ...] = (1e-7, 1e-7)
+) -> None:
+    """Error of the kernel at most twice that of torch in the same dtype; layout, dtype and shape of the reference.
+
+    floor: for each output, the part of the largest value by which the kernel may be off in any case.
+    """
     truth = outputs(op.reference(**upcast(arguments)))
-    reference = outputs(op.reference(**arguments))
+    # torch's channels-last group norm on CPU takes E[x^2] - E[x]^2; its contiguous one is the yardstick
+    plain = {k: v.contiguous() if isinstance(v, Tensor) else v for k, v in arguments.items()}
+    reference = outputs(op.reference(**plain))
+    layouts = [out.stride() for out in outputs(op.reference(**arguments))]
     found = outputs(launch(**arguments))
-    for own, torchs, exact in zip(found, reference, truth, strict=True):
-        assert (own.shape, own.dtype, own.stride()) == (torchs.shape, torchs.dtype, torchs.stride())
+    assert [out.stride() for out in found] == layouts
+    for own, torchs, exact, least in zip(found, reference, truth, floor[: len(truth)], strict=True):
+        assert (own.shape, own.dtype) == (torchs.shape, torchs.dtype)
         assert not own.isnan().any()
-        allowed = 2 * (torchs.double() - exact).abs().max() + 1e-7 * exact.abs().max()
+        allowed = 2 * (torchs.double() - exact).abs().max() + least * exact.abs().max()
         assert (own.double() - exact).abs().max() <= allowed
 
 
@@ -197,6 +206,15 @@ def test_group_norm_in_every_dtype_and_far_from_zero(dtype: torch.dtype, passes:
     case = GROUP_NORMS["30 channels a group, seam inside a group"] | {"pre_bias": 2, "mean": mean}
     arguments = group_norm_arguments(**case, dtype=dtype, layout=torch.channels_last)
     hold_to_the_reference(group_norm_silu, group_norm_launch(passes), arguments)
+
+
+@each_pass
+def test_what_rounding_left_of_the_mean_is_taken_off(passes: str) -> None:
+    """Half the last digit of the mean is 5e-4 here, half of that of a sum of means several times as much."""
+    arguments = group_norm_arguments((1, 64, 16, 16), 2, torch.float32, torch.channels_last, mean=1e4, silu=False)
+    exact = group_norm_silu.reference(**upcast(arguments))
+    error = (group_norm_launch(passes)(**arguments) - exact).abs().max()
+    assert error <= {"one pass": 1e-5, "two passes": 1e-3}[passes]
 
 
 @each_pass
@@ -319,8 +337,9 @@ def sum_launch(**options: int) -> Callable[..., object]:
 @each_layout
 def test_bias_residual_add(case: dict[str, object], layout: torch.memory_format) -> None:
     arguments = sum_arguments(**case, dtype=torch.float32, layout=layout)
-    hold_to_the_reference(bias_residual_add, sum_launch(), arguments)
-    hold_to_the_reference(bias_residual_add, sum_launch(block_s=16, block_c=32), arguments)
+    floor = (1e-7, 4e-7)  # the interpreter adds 64 lanes one after another, where a GPU adds in pairs
+    hold_to_the_reference(bias_residual_add, sum_launch(), arguments, floor)
+    hold_to_the_reference(bias_residual_add, sum_launch(block_s=16, block_c=32), arguments, floor)
 
 
 @each_dtype
@@ -414,6 +433,12 @@ def test_rows_of_layer_norms_do_not_depend_on_each_other() -> None:
         assert torch.equal(plain(**alone)[0], whole[row])
         for a, b in zip(added(**alone, residual=residual[row : row + 1]), both, strict=True):
             assert torch.equal(a[0], b[row])
+
+
+def test_the_sum_is_normalised_as_it_is_returned() -> None:
+    arguments = row_arguments((16, 320), torch.bfloat16)
+    y, total = row_launch(add_layer_norm_kernel, 320, 4)(**arguments, residual=normal("r", (16, 320), torch.bfloat16))
+    assert torch.equal(y, row_launch(layer_norm_kernel, 320, 4)(**arguments | {"x": total}))
 
 
 def test_layer_norm_ops_on_other_memory_and_no_rows() -> None:

@@ -7,13 +7,12 @@ count bytes read and bytes written.
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import torch
 
 from ...kernels.timing import buffers_for_cold, time_call, time_calls
-from ..harness import ClockLog
+from ..ceilings import sustained_product
 from .session import Session
 
 MEGABYTES = (0.25, 1, 4, 16, 64, 256, 1024)
@@ -40,18 +39,8 @@ def _burst(session: Session, size: int) -> dict[str, Any]:
 
 
 def _sustained(session: Session, size: int) -> dict[str, Any]:
-    a, b, out = _operands(session, size)
     seconds = 0.2 if session.tiny else max(1.0, min(20.0, session.seconds_left() - 5))
-    products, start = 0, time.perf_counter()
-    with ClockLog() as clocks:
-        while time.perf_counter() - start < seconds:
-            for _ in range(20):
-                torch.mm(a, b, out=out)
-            products += 20
-            if session.cuda:
-                torch.cuda.synchronize()
-        elapsed = time.perf_counter() - start
-    return {"tflops": 2e-12 * size**3 * products / elapsed, "seconds": elapsed, "clocks": clocks.summary()}
+    return sustained_product(session.device, session.dtype, size, seconds)
 
 
 def _copies(session: Session, megabytes: float) -> dict[str, Any]:

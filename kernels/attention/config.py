@@ -30,41 +30,41 @@ def parts(head_dim: int) -> tuple[int, int, int]:
         raise ValueError(f"head dim {head_dim}: the Triton kernel takes 1 to {MAX_HEAD_DIM}; use 'auto' or 'chunked'")
     columns = -(-head_dim // 16) * 16
     found = [power for power in (128, 64, 32, 16) if columns & power]
-    if len(found) > 3:  # 128 + 64 would follow at the latest: 240 = 128 + 64 + 32 + 16 is out of reach
-        raise AssertionError(f"head dim {head_dim} has more than three parts")
-    first, second, third = (*found, 0, 0)[:3]
+    first, second, third = (*found, 0, 0)[:3]  # a fourth would begin at 240
     return first, second, third
 
 
-def _tile(sm: int, columns: int, bits: int, small: bool) -> tuple[int, int, int, int]:
-    """block_m, block_n, warps, stages. Every line is the largest tile that the compiler fits without spills."""
-    if bits == 32:  # plain multiply-adds: score and output tiles must fit in registers
-        return 64, 32, 8, 1
+def _tile(sm: int, columns: int, bits: int, small: bool, biased: bool) -> tuple[int, int, int, int]:
+    """block_m, block_n, warps, stages: the largest tile that the compiler fits without spills, float32 excepted."""
+    if bits == 32:  # IEEE multiply-adds without tensor cores keep whole rows in registers; above 80 columns they spill
+        return (32, 32, 8, 1) if columns <= 48 else (16, 16, 8, 1)
     if sm == CDNA:
-        if small or columns > 128:
+        if small or biased or columns > 128:
             return 64, 32, 4, 1
         return 128, 64 if columns <= 80 else 32, 4, 1
-    if 100 <= sm < 120:  # tensor memory holds 512 columns of scores and outputs
+    if sm < 90 or sm >= 120:  # mma.sync: the queries live in registers too
+        if small and columns <= 128:
+            return (64, 64, 4, 3) if columns <= 80 else (64, 32, 8, 3)
+        return 64 if small else 128, 64 if columns <= 80 else 32 if columns <= 128 else 16, 4 if small else 8, 3
+    if biased:  # one address a score
+        return (128, 64, 8, 2) if columns <= 80 else (64, 32, 4, 2)
+    if sm >= 100:  # tensor memory holds 512 columns of scores and outputs
         if small or columns > 80:
             return 64, 64 if columns <= 160 else 32, 4, 2
         return 128, 128, 8, 2
-    if sm < 90 or sm >= 120:  # mma.sync: the queries live in registers too
-        if small:
-            return 64, 64 if columns <= 80 else 32 if columns <= 112 else 16, 4, 3
-        return 128, 64 if columns <= 80 else 32 if columns <= 128 else 16, 8, 3
     if small:
         return 64, 64 if columns <= 128 else 32, 4, 3
     return 128, 128 if columns <= 128 else 64, 8, 3 if columns <= 80 else 2
 
 
-def heuristic(head_dim: int, queries: int, heads: int, bits: int, sm: int) -> Config:
+def heuristic(head_dim: int, queries: int, heads: int, bits: int, sm: int, biased: bool = False) -> Config:
     """A configuration for a shape never timed.
 
     queries: Lq; heads: heads of all rows together; bits: of the dtype; sm: compute capability (90), 0 without a GPU,
-    which takes Hopper's.
+    which takes Hopper's; biased: whether there is an additive bias.
     """
     small = queries <= 64 or -(-queries // 128) * heads < CHIP
-    block_m, block_n, warps, stages = _tile(sm or 90, sum(parts(head_dim)), bits, small)
+    block_m, block_n, warps, stages = _tile(sm or 90, sum(parts(head_dim)), bits, small, biased)
     return Config(block_m, block_n, Options(num_warps=warps, num_stages=stages))
 
 

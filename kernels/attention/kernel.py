@@ -212,7 +212,7 @@ def attention(
     scale: float | None = None,
 ) -> torch.Tensor:
     """Launch with the configuration of the shape; arguments as the reference, scale > 0."""
-    config = heuristic(q.shape[3], q.shape[1], q.shape[0] * q.shape[2], 8 * q.element_size(), sm())
+    config = heuristic(q.shape[3], q.shape[1], q.shape[0] * q.shape[2], 8 * q.element_size(), sm(), bias is not None)
     return run(q, k, v, kv_len, bias, scale, config)
 
 
@@ -224,13 +224,13 @@ def compilations() -> list[Compilation]:
     """Every specialisation that launches on real shapes make: integers are not specialised, so lengths add none."""
     plain = [("bf16", dim, queries, frozenset[str]()) for dim in HEAD_DIMS for queries in (4096, 64)]
     padded = [("bf16", dim, 4096, frozenset({"kv_len"})) for dim in (40, 64, 80, 160)]
-    biased = [("bf16", dim, 4096, frozenset({"bias"})) for dim in (64, 160)]
+    biased = [("bf16", dim, 4096, frozenset({"bias"})) for dim in (64, 80, 160)]
     halves = [("fp16", dim, 4096, frozenset[str]()) for dim in (40, 64, 80, 160)]
     singles = [("fp32", dim, 4096, frozenset({"kv_len"})) for dim in (40, 64, 160)]
     made: dict[tuple[object, ...], set[str]] = {}
     for dtype, dim, queries, extra in plain + padded + biased + halves + singles:
         for target, number in TARGETS.items():
-            config = heuristic(dim, queries, 16, 32 if dtype == "fp32" else 16, number)
+            config = heuristic(dim, queries, 16, 32 if dtype == "fp32" else 16, number, "bias" in extra)
             made.setdefault((dtype, dim, extra, config), set()).add(target)
     return [_compilation(*key, targets=frozenset(targets)) for key, targets in made.items()]  # type: ignore[arg-type]
 
@@ -238,16 +238,20 @@ def compilations() -> list[Compilation]:
 def _compilation(dtype: str, dim: int, extra: frozenset[str], config: Config, targets: frozenset[str]) -> Compilation:
     pointers = {name: f"*{dtype}" for name in ("q", "k", "v", "y")}
     pointers |= {name: {"kv_len": "*i32", "bias": f"*{dtype}"}[name] for name in extra}
-    constants = dict.fromkeys({"kv_len", "bias"} - extra)
+    constants: dict[str, object] = dict.fromkeys({"kv_len", "bias"} - extra)
+    integers = dict.fromkeys([*INTEGERS, "bn"], "i32")
+    if "bias" in extra:  # its last stride, the one integer that is specialised, is 1
+        constants["bn"] = 1
+        del integers["bn"]
     constants |= {"UNIT": 4 if dtype == "fp32" else 8, "DIM": dim, **_cut(dim)}
     constants |= {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n}
     tile = f"{config.block_m} x {config.block_n}, {config.options.num_warps} warps, {config.options.num_stages} stages"
     return Compilation(
         name=", ".join([dtype, f"head dim {dim}", tile, *sorted(extra)]),
         kernel=attention_kernel,
-        signature={**pointers, "scale2": "fp32", **dict.fromkeys(INTEGERS, "i32")},
+        signature={**pointers, "scale2": "fp32", **integers},
         constants=constants,
         options=config.options,
-        divisible=frozenset(pointers),
+        divisible=frozenset({*pointers, *({"bn"} & set(integers))}),  # no bias: bn is 0
         targets=targets,
     )

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from ..launch import Compilation, Options, launcher, triton_op
+from ..launch_configs import launch_config
 from .config import Config, heuristic
 
 
@@ -35,7 +36,7 @@ def geglu(x: torch.Tensor) -> torch.Tensor:
     columns = x.shape[-1] // 2
     y = torch.empty((*x.shape[:-1], columns), dtype=x.dtype, device=x.device)
     rows = y.numel() // columns
-    config = heuristic(rows, columns)
+    config: Config = launch_config("geglu", heuristic, rows, columns)
     grid = (triton.cdiv(rows, config.block_m), triton.cdiv(columns, config.block_n))
     if rows:
         options = config.options.kwargs()

@@ -15,7 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import Compilation, launcher, triton_op
-from .config import heuristic
+from ..launch_configs import launch_config
+from .config import Config, heuristic
 
 
 @triton.jit
@@ -35,7 +36,7 @@ def gram_kernel(
         e = start + tl.arange(0, BLOCK)
         inside = (e < end)[None, :]
         f = tl.load(source + e[None, :], mask=inside & (j < BRANCHES)[:, None], other=0.0).to(tl.float32)
-        f = tl.where(inside & (j == BRANCHES)[:, None], 1.0, f)
+        f = tl.where((j == BRANCHES)[:, None], 1.0, f)  # outside, every other branch is 0
         total += f[:, None, :] * f[None, :, :]
     gram = tl.sum(total, 2)
     if LAST:
@@ -76,7 +77,7 @@ def guidance_stats(model_output: Tensor) -> tuple[Tensor, Tensor]:
     if not model_output.movedim(2, -1).is_contiguous():  # the sums do not depend on the order of C, H, W
         model_output = model_output.contiguous()
     elements = model_output[0, 0].numel()
-    config = heuristic(elements)
+    config: Config = launch_config("guidance_stats", heuristic, elements)
     width = triton.next_power_of_2(branches + 1)
     chunk = triton.cdiv(elements, config.splits)
     constants = {"BRANCHES": branches, "WIDTH": width}

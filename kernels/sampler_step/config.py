@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ..launch import Options
-from ..op import Call
 
 
 @dataclass(frozen=True)
@@ -17,15 +16,6 @@ class Config:
 
     block: int = 512
     options: Options = field(default_factory=lambda: Options(num_warps=4, num_stages=1, enable_fp_fusion=False))
-
-
-def sizes(call: Call) -> tuple[int, int]:
-    """Rows and elements of a row: what a configuration depends on."""
-    rows, *row = call.tensors["x"].shape
-    elements = 1
-    for extent in row:
-        elements *= extent
-    return rows, elements
 
 
 def heuristic(rows: int, elements: int) -> Config:

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..launch import Compilation, launcher, triton_op
+from ..launch_configs import launch_config
 from .columns import HISTORY, Column
 from .config import Config, heuristic
 
@@ -193,7 +194,7 @@ def sampler_step(
     noise, in_noise = dense(x if extra_noise is None else extra_noise)
     made = [torch.empty_like(t) for t in (x, base, history, x)]
     nonfinite = torch.zeros(rows, dtype=torch.bool, device=x.device)
-    config = heuristic(rows, elements)
+    config: Config = launch_config("sampler_step", heuristic, rows, elements)
     if rows and elements:
         launcher(sampler_step_kernel)[(triton.cdiv(elements, config.block), rows)](
             *(x, base, history, model_output, table.contiguous(), update.contiguous(), weights.contiguous()),
