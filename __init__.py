@@ -13,11 +13,12 @@ if TYPE_CHECKING:
     from .engine import errors
     from .engine.config import EngineConfig
     from .engine.engine import Engine
+    from .engine.optimize import optimize
     from .engine.request import Event, Job, Request, Result
 
 __version__ = "0.1.0"
 
-__all__ = ["Engine", "EngineConfig", "Event", "Job", "Request", "Result", "__version__", "errors"]
+__all__ = ["Engine", "EngineConfig", "Event", "Job", "Request", "Result", "__version__", "errors", "optimize"]
 
 _HOME = {
     "Engine": ".engine.engine",
@@ -27,7 +28,9 @@ _HOME = {
     "Request": ".engine.request",
     "Result": ".engine.request",
     "errors": ".engine.errors",
+    "optimize": ".engine.optimize",
 }
+_MODULES = {"errors"}
 
 logging.getLogger("stepfuse").addHandler(logging.NullHandler())
 
@@ -37,7 +40,7 @@ def __getattr__(name: str) -> object:
     if home is None:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     module = importlib.import_module(home, __name__)
-    value = module if home.endswith(f".{name}") else getattr(module, name)
+    value = module if name in _MODULES else getattr(module, name)
     globals()[name] = value
     return value
 

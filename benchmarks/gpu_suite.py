@@ -45,6 +45,7 @@ PARTS = (
     Part("conv", "convs", 120, "convolutions at the models' shapes"),
     Part("unet", "unets", 480, "diffusers U-Net baselines: eager, graph, cuDNN attention, compiled"),
     Part("unet-own", "own_unets", 180, "our own U-Net graphs, the same evaluations"),
+    Part("tuning", "tuning", 420, "implementation and launch configuration of every op, written and bundled"),
     Part("kernels", "kernel_ops", 300, "every op against its rivals at the models' shapes"),
     Part("update-ablation", "update_ablation", 300, "our update with one op switched at a time, as a graph"),
     Part("vae-ablation", "vae_ablation", 120, "our decoding with one op switched at a time, as a graph"),
@@ -106,6 +107,10 @@ def run(options: argparse.Namespace, parts: list[Part]) -> int:
         records.unlink(missing_ok=True)
     elif options.resume.is_file():
         records.write_bytes(_member(options.resume, "records.jsonl"))
+        for (op, name), content in _configurations(options.resume).items():
+            target = out / "configs" / op / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(content)
     packages = _unpack(options.wheels) if options.wheels else None
     deadline = time.monotonic() + options.seconds
     finished = {r["part"] for r in harness.read(records) if r.get("key") == "end" and r.get("complete")}
@@ -186,20 +191,27 @@ def merge(archive: Path, into: Path) -> list[Path]:
             harness.append(path, record)
             if path not in written:
                 written.append(path)
+    for (op, name), content in _configurations(archive).items():
+        folder = into / "kernels" / op
+        if not folder.is_dir():
+            raise ValueError(f"configuration of op {op!r}, expected one of the folders in {into / 'kernels'}")
+        path = folder / "configs" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(content)
+        written.append(path)
+    return written
+
+
+def _configurations(archive: Path) -> dict[tuple[str, str], bytes]:
+    """The tuned configurations of a bundle: (op, file name) -> content."""
+    found: dict[tuple[str, str], bytes] = {}
     with tarfile.open(archive) as tar:
         for member in tar.getmembers():
             match = re.fullmatch(r"configs/(\w+)/([\w.-]+\.json)", member.name)
             content = tar.extractfile(member) if match and member.isfile() else None
-            if match is None or content is None:
-                continue
-            op = into / "kernels" / match[1]
-            if not op.is_dir():
-                raise ValueError(f"configuration of op {match[1]!r}, expected one of the folders in {into / 'kernels'}")
-            path = op / "configs" / match[2]
-            path.parent.mkdir(exist_ok=True)
-            path.write_bytes(content.read())
-            written.append(path)
-    return written
+            if match and content:
+                found[match[1], match[2]] = content.read()
+    return found
 
 
 def _member(archive: Path, name: str) -> bytes:

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from stepfuse.benchmarks import gpu_suite, harness
+from stepfuse.benchmarks.gpu_parts import tuning
 from stepfuse.benchmarks.gpu_parts.convs import fold_upsampling
 from stepfuse.benchmarks.gpu_parts.unets import kind_of
 
@@ -94,6 +95,17 @@ def test_merge_spreads_records_and_configurations_once(tmp_path: Path):
     results = checkout / "benchmarks" / "results" / "nvidia-h200" / "gemm.jsonl"
     assert harness.read(results) == [start(False), good]
     assert (checkout / "kernels" / "geglu" / "configs" / "nvidia-h200.json").read_text() == "{}"
+
+
+def test_configurations_of_an_earlier_run_are_installed_and_bundled_again(tmp_path: Path):
+    archive = bundle_of(tmp_path / "run", [start(False)], {"geglu/NVIDIA_H200.json": "{}"})
+    out = tmp_path / "resumed"
+    done = suite("--out", str(out), "--parts", "launches", "--resume", str(archive))
+    assert done.returncode == 0, done.stderr
+    with tarfile.open(out / "bundle.tar") as tar:
+        assert "configs/geglu/NVIDIA_H200.json" in tar.getnames()
+    assert tuning.install(out / "configs", tmp_path) == [tmp_path / "geglu" / "configs" / "NVIDIA_H200.json"]
+    assert (tmp_path / "geglu" / "configs" / "NVIDIA_H200.json").read_text() == "{}"
 
 
 def test_merge_refuses_tiny_records_and_unknown_ops(tmp_path: Path):

@@ -26,12 +26,16 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:overflow encountered in exp"),  # in lanes that are masked out
 ]
 if INTERPRETED:
+    import triton
+    import triton.language as tl
+
     from stepfuse.kernels.add_layer_norm import kernel as add_layer_norm_kernel
     from stepfuse.kernels.bias_residual_add import config as bias_residual_add_config
     from stepfuse.kernels.bias_residual_add import kernel as bias_residual_add_kernel
     from stepfuse.kernels.group_norm_silu import config as group_norm_config
     from stepfuse.kernels.group_norm_silu import kernel as group_norm_kernel
     from stepfuse.kernels.layer_norm import kernel as layer_norm_kernel
+    from stepfuse.kernels.moments import tile_offsets, tile_start
 
 GUARD = 64
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -215,6 +219,23 @@ def test_what_rounding_left_of_the_mean_is_taken_off(passes: str) -> None:
     exact = group_norm_silu.reference(**upcast(arguments))
     error = (group_norm_launch(passes)(**arguments) - exact).abs().max()
     assert error <= {"one pass": 1e-5, "two passes": 1e-3}[passes]
+
+
+def test_addresses_past_two_to_the_31() -> None:
+    @triton.jit
+    def kernel(out, b, site, c, sites, channels, LAST: tl.constexpr):
+        start = tile_start(b.to(tl.int64), site.to(tl.int64), c, sites, channels, LAST)
+        tl.store(
+            out + tl.arange(0, 2), (start + tile_offsets(3, tl.arange(0, 2) + 62, sites, channels, LAST)).to(tl.float64)
+        )
+
+    sites, channels, b, site, c = 3 << 24, 192, 2, 1 << 25, 64
+    for last in (True, False):
+        found = torch.empty((2,), dtype=torch.float64)  # holds integers up to 2^53
+        kernel[(1,)](found, b, site, c, sites, channels, last)
+        for i, address in enumerate(found.tolist()):
+            s, k = site + 3, c + 62 + i
+            assert address == ((b * sites + s) * channels + k if last else (b * channels + k) * sites + s) > 2**33
 
 
 @each_pass

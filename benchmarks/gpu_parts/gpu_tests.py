@@ -33,7 +33,11 @@ def _pytest(session: Session) -> dict[str, Any]:
     if session.tiny:
         command += ["--collect-only"]
     limit = max(5.0, session.seconds_left() - 5)
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit, check=False)
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit, check=False)
+    except subprocess.TimeoutExpired as late:
+        lines = (late.stdout or b"").decode(errors="replace").strip().splitlines()
+        raise RuntimeError(f"not through after {limit:.0f} s: {lines[-1] if lines else 'no output'}") from None
     lines = (done.stdout or done.stderr).strip().splitlines()
     return {"exit": done.returncode, "summary": lines[-1] if lines else "", "failures": _failures(lines)}
 

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from ..launch import Compilation, launcher, triton_op
+from ..launch_configs import launch_config
 from ..moments import normalise_rows
 from .config import Config, heuristic
 
@@ -77,7 +78,8 @@ def add_layer_norm(
     eps: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch with the configuration of the shape; arguments as the reference."""
-    config = heuristic(x.numel() // max(x.shape[-1], 1), x.shape[-1])
+    columns = x.shape[-1]
+    config: Config = launch_config("add_layer_norm", heuristic, x.numel() // max(columns, 1), columns)
     return launch(config, x, residual, weight, bias, eps)
 
 

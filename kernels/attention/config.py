@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from ..launch import Options
 
-MAX_HEAD_DIM = 192
+MAX_HEAD_DIM = 192  # of the Triton kernel: above, accumulators do not fit in registers
+FLASH_HEAD_DIM = 256  # the widest head that any flash kernel takes
 CHIP = 100  # tiles below which a GPU has idle multiprocessors (108 on A100, 132 on H200)
 CDNA = 94  # what torch reports as the compute capability of gfx942
 
@@ -37,15 +38,17 @@ def parts(head_dim: int) -> tuple[int, int, int]:
 def _tile(sm: int, columns: int, bits: int, small: bool, biased: bool) -> tuple[int, int, int, int]:
     """block_m, block_n, warps, stages: the largest tile that the compiler fits without spills, float32 excepted."""
     if bits == 32:  # IEEE multiply-adds without tensor cores keep whole rows in registers; above 80 columns they spill
-        return (32, 32, 8, 1) if columns <= 48 else (16, 16, 8, 1)
+        return 16, 16, 8, 1
     if sm == CDNA:
         if small or biased or columns > 128:
             return 64, 32, 4, 1
         return 128, 64 if columns <= 80 else 32, 4, 1
     if sm < 90 or sm >= 120:  # mma.sync: the queries live in registers too
-        if small and columns <= 128:
-            return (64, 64, 4, 3) if columns <= 80 else (64, 32, 8, 3)
-        return 64 if small else 128, 64 if columns <= 80 else 32 if columns <= 128 else 16, 4 if small else 8, 3
+        if biased:
+            return (128, 32, 8, 3) if columns <= 80 else (64, 16, 8, 3)
+        if small:
+            return (64, 64, 4, 3) if columns <= 64 else (64, 32, 4, 3) if columns <= 80 else (64, 16, 8, 3)
+        return 128, 64 if columns <= 80 else 32 if columns <= 128 else 16, 8, 3
     if biased:  # one address a score
         return (128, 64, 8, 2) if columns <= 80 else (64, 32, 4, 2)
     if sm >= 100:  # tensor memory holds 512 columns of scores and outputs

@@ -14,8 +14,9 @@ import triton
 import triton.language as tl
 
 from ..device import sm
-from ..launch import Compilation, launcher, triton_op
-from .config import CDNA, Config, heuristic, parts
+from ..launch import Compilation, launcher, needs_cuda, triton_op
+from ..op import Call
+from .config import CDNA, MAX_HEAD_DIM, Config, heuristic, parts
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -43,14 +44,13 @@ def _block(
     """Take keys [start, start + BLOCK_N) into the running sums; in a TAIL, keys from `length` on do not exist."""
     n = tl.arange(0, BLOCK_N)
     inside = n < length - start
-    k += start.to(tl.int64) * k_stride
-    v += start.to(tl.int64) * v_stride
-    row = n.to(tl.int64)
-    s = tl.dot(q0, _load(k, row, k_stride, inside, 0, D0, DIM, TAIL).T, input_precision="ieee")
+    k += start * k_stride
+    v += start * v_stride
+    s = tl.dot(q0, _load(k, n, k_stride, inside, 0, D0, DIM, TAIL).T, input_precision="ieee")
     if D1 > 0:
-        s = tl.dot(q1, _load(k, row, k_stride, inside, D0, D1, DIM, TAIL).T, s, input_precision="ieee")
+        s = tl.dot(q1, _load(k, n, k_stride, inside, D0, D1, DIM, TAIL).T, s, input_precision="ieee")
     if D2 > 0:
-        s = tl.dot(q2, _load(k, row, k_stride, inside, D0 + D1, D2, DIM, TAIL).T, s, input_precision="ieee")
+        s = tl.dot(q2, _load(k, n, k_stride, inside, D0 + D1, D2, DIM, TAIL).T, s, input_precision="ieee")
 
     if bias is None:
         if TAIL:
@@ -59,8 +59,8 @@ def _block(
         p = tl.exp2(s * scale2 - top[:, None])
         shrink = tl.exp2(peak - top)
     else:
-        # 32-bit offsets inside the tile: a 64-bit address per score would not fit in registers.
-        at = bias + start.to(tl.int64) * bias_n + (row_q * bias_m)[:, None] + (n * bias_n)[None, :]
+        # 32-bit offsets inside the tile: 64-bit ones for every score would not fit in registers.
+        at = bias + start * bias_n + (row_q * bias_m)[:, None] + (n * bias_n)[None, :]
         seen = (row_q < queries)[:, None] & inside[None, :]
         s = s * scale2 + tl.load(at, mask=seen, other=0.0).to(tl.float32) * LOG2E
         if TAIL:
@@ -71,12 +71,12 @@ def _block(
         shrink = tl.exp2(peak - origin)
     total = total * shrink + tl.sum(p, 1)
     p = p.to(v.dtype.element_ty)
-    acc0 = tl.dot(p, _load(v, row, v_stride, inside, 0, D0, DIM, TAIL), acc0 * shrink[:, None], input_precision="ieee")
+    acc0 = tl.dot(p, _load(v, n, v_stride, inside, 0, D0, DIM, TAIL), acc0 * shrink[:, None], input_precision="ieee")
     if D1 > 0:
-        v1 = _load(v, row, v_stride, inside, D0, D1, DIM, TAIL)
+        v1 = _load(v, n, v_stride, inside, D0, D1, DIM, TAIL)
         acc1 = tl.dot(p, v1, acc1 * shrink[:, None], input_precision="ieee")
     if D2 > 0:
-        v2 = _load(v, row, v_stride, inside, D0 + D1, D2, DIM, TAIL)
+        v2 = _load(v, n, v_stride, inside, D0 + D1, D2, DIM, TAIL)
         acc2 = tl.dot(p, v2, acc2 * shrink[:, None], input_precision="ieee")
     return acc0, acc1, acc2, total, top
 
@@ -119,7 +119,10 @@ def attention_kernel(
     if kv_len is not None:
         length = tl.minimum(tl.maximum(tl.load(kv_len + b), 0), lk)
 
-    q0 = _load(q, m, ql * UNIT, m < lq, 0, D0, DIM, True)
+    q_stride = ql.to(tl.int64) * UNIT
+    k_stride = kl.to(tl.int64) * UNIT
+    v_stride = vl.to(tl.int64) * UNIT
+    q0 = _load(q, m, q_stride, m < lq, 0, D0, DIM, True)
     q1 = q0
     q2 = q0
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -128,21 +131,21 @@ def attention_kernel(
     acc1 = total  # stands for nothing where there is no such part
     acc2 = total
     if D1 > 0:
-        q1 = _load(q, m, ql * UNIT, m < lq, D0, D1, DIM, True)
+        q1 = _load(q, m, q_stride, m < lq, D0, D1, DIM, True)
         acc1 = tl.zeros([BLOCK_M, D1], tl.float32)
     if D2 > 0:
-        q2 = _load(q, m, ql * UNIT, m < lq, D0 + D1, D2, DIM, True)
+        q2 = _load(q, m, q_stride, m < lq, D0 + D1, D2, DIM, True)
         acc2 = tl.zeros([BLOCK_M, D2], tl.float32)
 
     full = length // BLOCK_N * BLOCK_N
     for start in tl.range(0, full, BLOCK_N):
         acc0, acc1, acc2, total, peak = _block(
-            acc0, acc1, acc2, total, peak, q0, q1, q2, k, v, kl * UNIT, vl * UNIT, start, length, scale2,
+            acc0, acc1, acc2, total, peak, q0, q1, q2, k, v, k_stride, v_stride, start, length, scale2,
             bias, bm, bn, row_q, lq - first, D0, D1, D2, DIM, BLOCK_N, False,
         )  # fmt: skip
     if full < length:
         acc0, acc1, acc2, total, peak = _block(
-            acc0, acc1, acc2, total, peak, q0, q1, q2, k, v, kl * UNIT, vl * UNIT, full, length, scale2,
+            acc0, acc1, acc2, total, peak, q0, q1, q2, k, v, k_stride, v_stride, full, length, scale2,
             bias, bm, bn, row_q, lq - first, D0, D1, D2, DIM, BLOCK_N, True,
         )  # fmt: skip
 
@@ -175,6 +178,8 @@ def run(
     strides = [0 if n == 1 else s for t in (q, k, v) for n, s in zip(t.shape[:3], t.stride()[:3], strict=True)]
     unit = wide if all(s % wide == 0 for s in strides) else 1
     spread = None if bias is None else bias.expand(rows, heads, lq, lk)
+    if bias is not None and spread is not None and (spread.stride(3) > 1 or spread.stride(2) >= 1 << 24):
+        spread = bias.contiguous().expand(rows, heads, lq, lk)  # offsets inside a tile are 32-bit
     launcher(attention_kernel)[(triton.cdiv(lq, config.block_m) * rows * heads,)](
         q,
         k,
@@ -214,6 +219,20 @@ def attention(
     """Launch with the configuration of the shape; arguments as the reference, scale > 0."""
     config = heuristic(q.shape[3], q.shape[1], q.shape[0] * q.shape[2], 8 * q.element_size(), sm(), bias is not None)
     return run(q, k, v, kv_len, bias, scale, config)
+
+
+def unsupported(call: Call) -> str | None:
+    """Why the Triton kernel cannot run a call, or None."""
+    if reason := needs_cuda(call):
+        return reason
+    dim, scale = call.tensors["q"].shape[-1], call.options.get("scale")
+    if not 1 <= dim <= MAX_HEAD_DIM:
+        return f"head dims are 1 to {MAX_HEAD_DIM}, got {dim}"
+    if 0 < sm() < 80:
+        return f"it needs compute capability 8.0, the device has {sm() / 10}"
+    if scale is not None and scale <= 0:
+        return f"the maximum of the scores is scaled after it is taken, so the scale must be positive, got {scale}"
+    return None
 
 
 TARGETS = {"sm_80": 80, "sm_86": 86, "sm_89": 89, "sm_90": 90, "sm_100": 100, "sm_120": 120, "gfx942": CDNA}

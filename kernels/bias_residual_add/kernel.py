@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from ..launch import Compilation, launcher, triton_op
+from ..launch_configs import launch_config
 from ..moments import merge_lanes, tile_offsets, tile_start, welford
 from ..op import is_channels_last
 from ..statistics import run_count, sites_per_run
@@ -92,7 +93,9 @@ def bias_residual_add(
     x: torch.Tensor, bias: torch.Tensor | None, residual: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch with the configuration of the shape; arguments as the reference."""
-    return launch(heuristic(x.shape[0], x.shape[1], x.shape[2:].numel()), x, bias, residual)
+    sizes = x.shape[0], x.shape[1], x.shape[2:].numel()
+    config: Config = launch_config("bias_residual_add", heuristic, *sizes)
+    return launch(config, x, bias, residual)
 
 
 def compilations() -> list[Compilation]:

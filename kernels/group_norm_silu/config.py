@@ -59,7 +59,9 @@ def heuristic(rows: int, groups: int, width: int, sites: int, statistics: bool =
     return OnePass(group_set, Options(num_warps=warps, num_stages=1))
 
 
-def search_space(rows: int, groups: int, width: int, sites: int, statistics: bool = False) -> list[Config]:
+def search_space(
+    rows: int, groups: int, width: int, sites: int, statistics: bool = False, itemsize: int = 2
+) -> list[Config]:
     """What tuning tries."""
     made: list[Config] = [
         TwoPass(s, c, Options(num_warps=w, num_stages=1))
@@ -74,6 +76,6 @@ def search_space(rows: int, groups: int, width: int, sites: int, statistics: boo
             OnePass(n, Options(num_warps=w, num_stages=1))
             for n in (1, 2, 4, 8)
             for w in (2, 4, 8, 16)
-            if n <= groups and tile * n <= min(ON_CHIP, 2048 * w) and tile * n >= 128 * w
+            if n <= groups and tile * n * itemsize <= 2 * ON_CHIP and 128 * w <= tile * n <= 2048 * w
         ]
     return made

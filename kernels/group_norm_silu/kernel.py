@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 
 from ..launch import Compilation, triton_op
+from ..launch_configs import launch_config
 from ..statistics import check
 from . import one_pass, two_pass
 from .arguments import Image, Vectors
@@ -62,9 +63,9 @@ def group_norm_silu(
     partial_stats: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Launch with the configuration of the shape; arguments as the reference."""
-    width = weight.shape[0] // groups
-    sites = x.shape[2:].numel()
-    config = heuristic(x.shape[0], groups, width, sites, partial_stats is not None, x.element_size())
+    sizes = {"rows": x.shape[0], "groups": groups, "width": weight.shape[0] // groups, "sites": x.shape[2:].numel()}
+    given, itemsize = partial_stats is not None, x.element_size()
+    config: Config = launch_config("group_norm_silu", heuristic, **sizes, statistics=given, itemsize=itemsize)
     return launch(config, x, weight, bias, groups, eps, silu, pre_bias, scale, shift, x2, partial_stats)
 
 

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from ..launch import Compilation, launcher, triton_op
+from ..launch_configs import launch_config
 from ..moments import normalise_rows
 from .config import Config, heuristic
 
@@ -57,7 +58,9 @@ def launch(
 @triton_op("layer_norm")
 def layer_norm(x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float) -> torch.Tensor:
     """Launch with the configuration of the shape; arguments as the reference."""
-    return launch(heuristic(x.numel() // max(x.shape[-1], 1), x.shape[-1]), x, weight, bias, eps)
+    columns = x.shape[-1]
+    config: Config = launch_config("layer_norm", heuristic, x.numel() // max(columns, 1), columns)
+    return launch(config, x, weight, bias, eps)
 
 
 def compilations() -> list[Compilation]:
