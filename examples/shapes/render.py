@@ -1,0 +1,41 @@
+"""Draws scenes as anti-aliased 64x64 images, through signed distances in pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from .scenes import COLORS, SIZE, Item, Scene
+
+RGB = {name: np.array(value, np.float32) / 255 for name, value in COLORS.items()}
+_Y, _X = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32) + 0.5
+
+
+def signed_distance(shape: str, x: np.ndarray, y: np.ndarray, r: float) -> np.ndarray:
+    """Approximate distance in pixels to the outline, negative inside; x, y relative to the center, y downwards."""
+    if shape == "circle":
+        return np.sqrt(x * x + y * y) - r
+    if shape == "square":
+        return np.maximum(np.abs(x), np.abs(y)) - 0.86 * r
+    if shape == "triangle":
+        slope = 1.8
+        sides = (slope * np.abs(x) - (y + r)) / np.sqrt(slope**2 + 1)
+        return np.maximum(y - 0.8 * r, sides)
+    raise ValueError(f"got shape {shape!r}; expected circle, square or triangle")
+
+
+def coverage(item: Item) -> np.ndarray:
+    """The share of each pixel an object covers, [64, 64] float32 in 0..1."""
+    return np.clip(0.5 - signed_distance(item.shape, _X - item.x, _Y - item.y, item.r), 0.0, 1.0)
+
+
+def render(scenes: Sequence[Scene]) -> np.ndarray:
+    """Images of the scenes, float32 [B, 3, 64, 64] in 0..1."""
+    images = np.empty((len(scenes), 3, SIZE, SIZE), np.float32)
+    for image, scene in zip(images, scenes, strict=True):
+        image[:] = RGB[scene.background][:, None, None]
+        for item in scene.items:
+            alpha = coverage(item)
+            image += alpha * (RGB[item.color][:, None, None] - image)
+    return images
