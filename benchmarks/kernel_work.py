@@ -26,9 +26,11 @@ class Work:
 
 
 def count(op: str, arguments: Mapping[str, Any], outputs: Sequence[torch.Tensor]) -> Work:
-    """The work of one call. X in the accounting is the size of the first output."""
+    """The work of one call. X in the accounting is the size of the first output; of a reduction, of the first input."""
     tensors = {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)}
     unit = size(outputs[0])
+    if 100 * unit < (first := size(next(iter(tensors.values())))):
+        unit = first
     reads = {name: size(tensor) for name, tensor in tensors.items()}
     twice: list[str] = []
     if op == "group_norm_silu" and "partial_stats" not in tensors and unit > CACHED_BYTES:

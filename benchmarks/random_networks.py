@@ -100,6 +100,11 @@ class Update(nn.Module):
         return self.step(model_output=output.to(torch.float32), draws=0, **self.state)[0]
 
 
+def deploy(net: Any, dtype: torch.dtype) -> None:
+    """Put a network into the dtype and the channels-last memory that an engine gives it."""
+    net.to(dtype).to(memory_format=torch.channels_last)
+
+
 @contextmanager
 def _default(dtype: torch.dtype) -> Iterator[None]:
     """Parameters made inside are of `dtype`; module.to(dtype) refuses fake tensors."""

@@ -67,33 +67,33 @@ def modules(op: str | None = None) -> list[str]:
     return [f"{file.parent.name}.{file.stem}" for file in files]
 
 
-def compile_module(module: str) -> dict[str, dict[str, list[int]]]:
-    """Compile every entry of one module for every architecture; rows as in the table's file.
-
-    What the compiler raises carries a note with the entry and the architecture.
-    """
-    compilations = import_module(f"..kernels.{module}", __package__).compilations()
-    names = [c.name for c in compilations]
+def entries(module: str) -> list[Any]:
+    """The compilations of a module. Raises ValueError for two of one name or an architecture that is not listed."""
+    found = import_module(f"..kernels.{module}", __package__).compilations()
+    names = [c.name for c in found]
     if len(set(names)) != len(names):
         raise ValueError(f"{module}: names of compilations must differ, got {sorted(names)}")
-    rows: dict[str, dict[str, list[int]]] = {}
-    for compilation in compilations:
-        wanted = compilation.targets or SHARED_LIMITS
-        if unknown := set(wanted) - set(SHARED_LIMITS):
-            raise ValueError(f"{module}: {compilation.name}: no architecture {unknown}; valid: {list(SHARED_LIMITS)}")
-        rows[f"{module}: {compilation.name}"] = {
-            target: compile_for(compilation, target).row() for target in SHARED_LIMITS if target in wanted
-        }
-    return rows
+    if unknown := {target for c in found for target in c.targets} - set(SHARED_LIMITS):
+        raise ValueError(f"{module}: no architecture {', '.join(unknown)}; valid: {', '.join(SHARED_LIMITS)}")
+    return found
+
+
+def compile_entry(place: tuple[str, int]) -> tuple[str, dict[str, Resources]]:
+    """Name and resources of the n-th compilation of a module, for every architecture that launches it."""
+    module, index = place
+    compilation = entries(module)[index]
+    wanted = compilation.targets or SHARED_LIMITS
+    return f"{module}: {compilation.name}", {t: compile_for(compilation, t) for t in SHARED_LIMITS if t in wanted}
 
 
 def compile_for(compilation: Any, target: str) -> Resources:
     """Compile one entry for one architecture with the constants and options of real launches."""
     import triton
+    from triton import knobs
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    triton.knobs.compilation.disable_line_info = True  # or the size of the code depends on where the checkout lies
+    knobs.compilation.disable_line_info = True  # or the size of the code depends on where the checkout lies
     amd = target.startswith("gfx")
     gpu = GPUTarget("hip", target, 64) if amd else GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
     names = compilation.kernel.arg_names
@@ -120,12 +120,12 @@ def _read_cubin(cubin: bytes, shared: int) -> Resources:
 
     Shared memory is dynamic, so only Triton's metadata knows it; what cuobjdump calls SHARED is the driver's 1 KB.
     """
-    import triton
+    from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
         text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     usage = re.findall(r"REG:(\d+) STACK:(\d+)", text)
     if not usage:
@@ -148,12 +148,11 @@ def _read_amdgcn(text: str, code: int) -> Resources:
 
 def measure(op: str | None = None, jobs: int = 1) -> Table:
     """Resources of all kernels (or one op's) under the installed Triton, in `jobs` processes."""
+    places = [(module, index) for module in modules(op) for index in range(len(entries(module)))]
     if jobs == 1:
-        parts = [compile_module(module) for module in modules(op)]
-    else:
-        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-            parts = list(pool.map(compile_module, modules(op)))
-    return _table({name: row for part in parts for name, row in part.items()})
+        return dict(sorted(map(compile_entry, places)))
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        return dict(sorted(pool.map(compile_entry, places, chunksize=4)))
 
 
 def _table(rows: Mapping[str, Mapping[str, Iterable[int]]]) -> Table:

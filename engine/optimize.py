@@ -24,7 +24,7 @@ from .models.unet import UNet
 from .models.unet_config import UNetConfig
 from .models.vae import AutoencoderKL, VAEConfig
 from .weights.maps import MAPS
-from .weights.plain import Watched, check_plain
+from .weights.plain import Watched, check_plain, overridden
 from .weights.share import Shared, lay_back, lay_out
 
 BUILDERS: dict[str, Callable[[Mapping[str, Any]], nn.Module]] = {
@@ -58,11 +58,12 @@ class Optimized:
 
     def __init__(self, pipe: Any, networks: Sequence[Network]) -> None:
         self.pipe = pipe
-        self.networks = tuple(networks)
+        self.networks: tuple[Network, ...] = tuple(networks)
         self._rearranged = [p for network in networks for p in lay_out(network.source)]
         for network in networks:
             network.refresh()
         self._patches = [patch for network in networks for patch in network.patches]
+        self._before = [vars(module).get("forward") for module, _ in self._patches]
         for module, forward in self._patches:
             vars(module)["forward"] = forward
 
@@ -81,10 +82,12 @@ class Optimized:
                     f"the forward of {type(module).__name__} was replaced after optimize() (offloading, hooks); remove "
                     "that first (pipe.remove_all_hooks()), then restore()"
                 )
-        for module, _ in self._patches:
+        for (module, _), before in zip(self._patches, self._before, strict=True):
             del vars(module)["forward"]
+            if before is not None:
+                vars(module)["forward"] = before
         lay_back(self._rearranged)
-        self._patches, self._rearranged, self.networks = [], [], ()
+        self._patches, self._before, self._rearranged, self.networks = [], [], [], ()
 
     def explain(self) -> str:
         """Which implementation every op of every network uses and why."""
@@ -185,7 +188,7 @@ class Network:
                     f"{self.name} is optimized already, perhaps through another pipeline that shares it: use it as it "
                     "is, or call restore() on what optimize() returned"
                 )
-            if found is not None or target._compiled_call_impl is not None:
+            if overridden(target) or target._compiled_call_impl is not None:
                 raise RequestError(
                     f"{self.name} is compiled or hooked (offloading, caching): call optimize() on the pipeline as it "
                     "was loaded, and enable_model_cpu_offload() after it"

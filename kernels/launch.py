@@ -8,8 +8,6 @@ from functools import wraps
 from typing import Any
 
 import torch
-import triton
-from triton import knobs
 
 
 @dataclass(frozen=True)
@@ -45,14 +43,13 @@ class Compilation:
 
 def launcher(kernel: Any) -> Any:
     """What to index with a grid: the kernel wrapped for torch.compile and packages, or bare under the interpreter."""
-    return torch.library.wrap_triton(kernel) if isinstance(kernel, triton.runtime.JITFunction) else kernel
+    from triton.runtime import JITFunction  # here, so that this module imports without Triton
+
+    return torch.library.wrap_triton(kernel) if isinstance(kernel, JITFunction) else kernel
 
 
 def triton_op(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator.
-
-    Register a function that launches Triton kernels as `stepfuse::<name>_triton`, visible to the compiler.
-    """
+    """Decorator: register a function that launches Triton kernels as `stepfuse::<name>_triton`, an op compilers see."""
 
     def register(launch: Callable[..., Any]) -> Callable[..., Any]:
         registered = torch.library.triton_op(f"stepfuse::{name}_triton", launch, mutates_args=())
@@ -67,10 +64,9 @@ def triton_op(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 
 def needs_cuda(call: Any) -> str | None:
-    """Why a call cannot run in Triton at all, or None.
+    """Why no Triton kernel can run a call, or None: wrong device, gradients, a dtype the kernels do not take."""
+    from triton import knobs
 
-    Wrong device, gradients, or a dtype Triton kernels do not take.
-    """
     if call.requires_grad:
         return "fused kernels are forward only, and an input requires a gradient"
     if call.device != "cuda" and not knobs.runtime.interpret:

@@ -16,6 +16,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -88,9 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _op(name: str) -> Op:
-    from importlib import import_module
-
-    getattr(import_module(__package__), name)  # registers it
+    import_module(f".{name}.op", __package__)  # registers it
     return REGISTRY[name]
 
 

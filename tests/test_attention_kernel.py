@@ -5,15 +5,20 @@ A kernel's error against float64 may be twice that of torch in the same dtype, p
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 import triton
+import triton.language as tl
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from triton.runtime import interpreter
 
 from stepfuse import kernels
+from stepfuse.kernels.attention import kernel as triton_kernel
 from stepfuse.kernels.attention import vendor
 from stepfuse.kernels.attention.chunked import chunked
 from stepfuse.kernels.attention.config import MAX_HEAD_DIM, Config, heuristic, parts, search_space
@@ -63,6 +68,27 @@ def check(found: Tensor, q: Tensor, k: Tensor, v: Tensor, **extra: object) -> No
 @interpreted
 @pytest.mark.interpret
 class TestInterpreted:
+    @pytest.fixture(autouse=True)
+    def _bfloat16_as_on_a_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Triton's interpreter (to 3.7.1) multiplies bfloat16 as the uint16 that hold it, and truncates to bfloat16."""
+        dot, convert = interpreter.InterpreterBuilder.create_dot, interpreter._convert_float
+
+        def wide(x: interpreter.TensorHandle) -> interpreter.TensorHandle:
+            if x.dtype.scalar != tl.bfloat16:
+                return x
+            return interpreter.TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+        def rounded(data: np.ndarray, source: tl.dtype, target: tl.dtype, mode: object) -> np.ndarray:
+            if (source, target) != (tl.float32, tl.bfloat16):
+                return convert(data, source, target, mode)
+            halves = torch.from_numpy(np.ascontiguousarray(data).view(np.float32)).to(torch.bfloat16)
+            return halves.view(torch.int16).numpy().view(np.uint16)
+
+        monkeypatch.setattr(interpreter, "_convert_float", rounded)
+        monkeypatch.setattr(
+            interpreter.InterpreterBuilder, "create_dot", lambda self, a, b, *rest: dot(self, wide(a), wide(b), *rest)
+        )
+
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("dim", [8, 40, 64, 72, 80, 112, 128, 160, 192])
     def test_every_head_dim(self, dim: int, dtype: torch.dtype) -> None:
@@ -232,7 +258,7 @@ REFUSALS = [
 @pytest.mark.parametrize(("name", "sm", "made", "text"), REFUSALS)
 def test_refusals(name: str, sm: int, made: Call, text: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vendor, "sm", lambda: sm)
-    monkeypatch.setattr("stepfuse.kernels.attention.kernel.sm", lambda: sm)
+    monkeypatch.setattr(triton_kernel, "sm", lambda: sm)
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
     reason = IMPLEMENTATIONS[name].unsupported(made)
     assert reason is None if text is None else text in str(reason)
@@ -257,7 +283,6 @@ def test_what_is_not_installed_or_not_on_a_gpu_says_so() -> None:
 @pytest.mark.parametrize(
     ("name", "target"),
     [
-        ("triton", "triton_kernel_wrapper"),
         ("vendor:cudnn", "_scaled_dot_product_cudnn_attention"),
         ("vendor:efficient", "_scaled_dot_product_efficient_attention"),
         ("vendor:flash", "_scaled_dot_product_flash_attention"),
@@ -267,24 +292,38 @@ def test_what_is_not_installed_or_not_on_a_gpu_says_so() -> None:
 )
 def test_traces_have_one_kernel_and_no_copy(name: str, target: str) -> None:
     """What torch.compile sees on a GPU, from fake tensors: the kernel itself, and no copy of q, k, v."""
-    with FakeTensorMode():
-        q, k, v = (torch.empty(2, n, 8, 40, dtype=torch.bfloat16, device="cuda") for n in (64, 77, 77))
-        graph = make_fx(lambda q, k, v: IMPLEMENTATIONS[name].call(q, k, v))(q, k, v).graph
-    nodes = [str(n.target) for n in graph.nodes if n.op == "call_function"]
+    nodes = trace(IMPLEMENTATIONS[name].call)
     assert sum(target in n for n in nodes) == 1, nodes
     assert not [n for n in nodes if "clone" in n or "copy" in n or "pad" in n], nodes
 
 
-@pytest.mark.parametrize("dim", range(1, MAX_HEAD_DIM + 1))
-def test_parts_cover_a_head_dim_with_less_than_one_part_to_spare(dim: int) -> None:
-    cut = parts(dim)
-    assert dim <= sum(cut) < dim + 16
-    assert all(p in (0, 16, 32, 64, 128) for p in cut)
-    assert sum(cut[: cut.index(0)] if 0 in cut else cut) == sum(cut), "empty parts come last"
+@pytest.mark.skipif(triton.knobs.runtime.interpret, reason="the interpreter does not trace")
+def test_the_triton_launch_traces_to_one_kernel() -> None:
+    nodes = trace(IMPLEMENTATIONS["triton"].call)
+    assert nodes == ["stepfuse.attention_triton.default"]
+    config = heuristic(40, 64, 16, 16, 90)
+    nodes = trace(lambda q, k, v: run(q, k, v, None, None, None, config))
+    assert nodes == ["aten.empty.memory_format", "triton_kernel_wrapper_mutation"]
+
+
+def trace(function: Callable[..., Tensor]) -> list[str]:
+    """The operators of a trace with fake CUDA tensors q [2, 64, 8, 40], k, v [2, 77, 8, 40]."""
+    with FakeTensorMode():
+        q, k, v = (torch.empty(2, n, 8, 40, dtype=torch.bfloat16, device="cuda") for n in (64, 77, 77))
+        graph = make_fx(lambda q, k, v: function(q, k, v))(q, k, v).graph
+    return [str(n.target) for n in graph.nodes if n.op == "call_function"]
+
+
+def test_parts_cover_every_head_dim_with_less_than_16_to_spare() -> None:
+    for dim in range(1, MAX_HEAD_DIM + 1):
+        cut = parts(dim)
+        assert dim <= sum(cut) < dim + 16
+        assert set(cut) <= {0, 16, 32, 64, 128}
+        assert list(cut) == sorted(cut, reverse=True), "empty parts come last"
 
 
 def test_configurations() -> None:
-    with pytest.raises(ValueError, match="193.*1 to 192"):
+    with pytest.raises(ValueError, match=r"193.*1 to 192"):
         parts(193)
     for sm in TARGETS.values():
         few, many = (heuristic(64, 4096, heads, 16, sm) for heads in (1, 320))

@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 from stepfuse.benchmarks import gate, harness, kernel_measurement, kernel_report, kernel_work, kernels
+from stepfuse.benchmarks.cli import app
 from stepfuse.benchmarks.gpu_parts import ablation
 from stepfuse.benchmarks.gpu_parts.session import Session
 from stepfuse.benchmarks.gpu_parts.vaes import TINY
@@ -151,6 +153,13 @@ def test_bytes_of_a_group_norm_by_hand(
     assert work.flops == 0
 
 
+def test_bytes_of_a_reduction_are_counted_in_its_input():
+    x = torch.empty(1, 2, 4, 128, 128, device="meta")  # 524 kB
+    work = kernel_work.count("guidance_stats", {"model_output": x}, [x.new_empty(1, 2, 2), x.new_empty(1, 2)])
+    assert work.bytes == 524_288 + 16 + 8
+    assert work.accounting == "1.00X: reads model_output; writes 2; X = 0.524 MB"
+
+
 def test_operations_of_an_attention_by_hand():
     q, k = (torch.empty(2, length, 10, 64, dtype=torch.bfloat16, device="meta") for length in (4096, 77))
     work = kernel_work.count("attention", {"q": q, "k": k, "v": k}, [q])
@@ -207,6 +216,12 @@ def test_bad_options_are_one_line(options: list[str], message: str, capsys: pyte
     with pytest.raises(SystemExit):
         kernels.main(["--device", "cpu", "--quick", *options])
     assert message in capsys.readouterr().err
+
+
+def test_the_command_line_passes_options_on():
+    done = CliRunner().invoke(app, ["kernels", "--device", "cpu", "--quick", "--op", "gegluu"])
+    assert done.exit_code == 2
+    assert "unknown op 'gegluu'" in done.output
 
 
 def test_ablation_switches_one_op_and_gives_a_wrong_one_no_ratio(tmp_path: Path, register: Register):

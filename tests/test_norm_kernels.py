@@ -10,13 +10,24 @@ import os
 import zlib
 from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 from stepfuse.kernels import add_layer_norm, bias_residual_add, group_norm_silu, layer_norm
+from stepfuse.kernels.add_layer_norm import kernel as add_layer_norm_kernel
+from stepfuse.kernels.bias_residual_add import config as bias_residual_add_config
+from stepfuse.kernels.bias_residual_add import kernel as bias_residual_add_kernel
+from stepfuse.kernels.group_norm_silu import config as group_norm_config
+from stepfuse.kernels.group_norm_silu import kernel as group_norm_kernel
+from stepfuse.kernels.group_norm_silu.two_pass import runs_at_once
+from stepfuse.kernels.layer_norm import kernel as layer_norm_kernel
+from stepfuse.kernels.moments import tile_offsets, tile_start
 from stepfuse.kernels.statistics import partial_statistics, run_count
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -25,18 +36,6 @@ pytestmark = [
     pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1 (Triton's interpreter, own process)"),
     pytest.mark.filterwarnings("ignore:overflow encountered in exp"),  # in lanes that are masked out
 ]
-if INTERPRETED:
-    import triton
-    import triton.language as tl
-
-    from stepfuse.kernels.add_layer_norm import kernel as add_layer_norm_kernel
-    from stepfuse.kernels.bias_residual_add import config as bias_residual_add_config
-    from stepfuse.kernels.bias_residual_add import kernel as bias_residual_add_kernel
-    from stepfuse.kernels.group_norm_silu import config as group_norm_config
-    from stepfuse.kernels.group_norm_silu import kernel as group_norm_kernel
-    from stepfuse.kernels.layer_norm import kernel as layer_norm_kernel
-    from stepfuse.kernels.moments import tile_offsets, tile_start
-
 GUARD = 64
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 each_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -86,7 +85,6 @@ def bfloat16_rounds_to_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter truncates float32 to bfloat16, which costs a bit; compiled kernels and torch round to nearest."""
     if not INTERPRETED:
         return
-    import triton.language as tl
     from triton.runtime import interpreter
 
     convert = interpreter._convert_float
@@ -124,7 +122,7 @@ def outputs(result: object) -> tuple[Tensor, ...]:
 
 
 def hold_to_the_reference(
-    op: object, launch: Callable[..., object], arguments: dict[str, object], floor: tuple[float, ...] = (1e-7, 1e-7)
+    op: object, launch: Callable[..., Any], arguments: dict[str, object], floor: tuple[float, ...] = (1e-7, 1e-7)
 ) -> None:
     """Error of the kernel at most twice that of torch in the same dtype; layout, dtype and shape of the reference.
 
@@ -174,7 +172,7 @@ def group_norm_arguments(
     return made
 
 
-def group_norm_launch(passes: str, **options: object) -> Callable[..., object]:
+def group_norm_launch(passes: str, **options: object) -> Callable[..., Any]:
     kind = group_norm_config.OnePass if passes == "one pass" else group_norm_config.TwoPass
     return partial(group_norm_kernel.launch, kind(**options))
 
@@ -256,8 +254,6 @@ def test_two_passes_over_several_runs_and_blocks(layout: torch.memory_format, bl
 
 def test_more_runs_than_one_tile_of_statistics_holds() -> None:
     arguments = group_norm_arguments((1, 132, 24, 32), 2, torch.float32, mean=10.0)
-    from stepfuse.kernels.group_norm_silu.two_pass import runs_at_once
-
     assert run_count(24 * 32) > runs_at_once(66)
     hold_to_the_reference(group_norm_silu, group_norm_launch("two", block_c=128), arguments)
 
@@ -350,7 +346,7 @@ def sum_arguments(
     }
 
 
-def sum_launch(**options: int) -> Callable[..., object]:
+def sum_launch(**options: int) -> Callable[..., Any]:
     return partial(bias_residual_add_kernel.launch, bias_residual_add_config.Config(**options))
 
 
@@ -423,7 +419,7 @@ def row_arguments(
     }
 
 
-def row_launch(kernel: object, columns: int, block_m: int) -> Callable[..., object]:
+def row_launch(kernel: object, columns: int, block_m: int) -> Callable[..., Any]:
     config = layer_norm_kernel.Config(block_m, 1 << max(columns - 1, 1).bit_length())
     return partial(kernel.launch, config)
 

@@ -13,8 +13,8 @@ def test_python_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (code,) = re.findall(r"^```python\n(.*?)^```", README.read_text(), re.M | re.S)
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {})
-    pictures = sorted(tmp_path.glob("star-*.png"))
-    assert [p.name for p in pictures] == ["star-3.png", "star-4.png"]
+    pictures = sorted(tmp_path.glob("pair-*.png"))
+    assert [p.name for p in pictures] == ["pair-3.png", "pair-4.png"]
     first, second = (Image.open(p).convert("RGB") for p in pictures)
     assert first.size == second.size == (64, 64)
     assert first.tobytes() != second.tobytes()

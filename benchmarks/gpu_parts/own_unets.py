@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ...kernels.timing import time_call
-from ..random_networks import prepared, unet, unet_inputs
+from ..random_networks import deploy, prepared, unet, unet_inputs
 from .session import Session, relative_error
 from .unets import CASES, TINY_CASES, priority, profile
 
@@ -26,7 +26,7 @@ def run(session: Session) -> None:
         net, inputs = unet(config, session.device), unet_inputs(config, rows, session.device)
         with priority("cudnn" if session.cuda else ""):
             truth = net(*prepared(net, inputs))
-        net.to(session.dtype).to(memory_format=torch.channels_last)
+        deploy(net, session.dtype)
         arguments = prepared(net, inputs)
         for key, variant in zip(keys, VARIANTS, strict=True):
             call = lambda n=net, a=arguments, t=truth, v=variant: _measure(session, n, a, t, v)  # noqa: E731

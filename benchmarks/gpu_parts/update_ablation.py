@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
-from ..random_networks import Update, unet, unet_inputs
+from ..random_networks import Update, deploy, unet, unet_inputs
 from .ablation import ablate
 from .session import Session
 from .unets import CASES, TINY_CASES
@@ -21,6 +19,6 @@ def run(session: Session) -> None:
 def _measure(session: Session, config: dict[str, Any], rows: int) -> dict[str, Any]:
     update = Update(unet(config, session.device), unet_inputs(config, rows, session.device))
     truth = update()
-    update.unet.to(session.dtype).to(memory_format=torch.channels_last)
+    deploy(update.unet, session.dtype)
     update.refresh()
     return ablate(session, update, update, truth)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..random_networks import autoencoder
+from ..random_networks import autoencoder, deploy
 from .ablation import ablate
 from .session import Session
 from .vaes import SDXL, TINY
@@ -25,6 +25,6 @@ def _measure(session: Session, config: dict[str, Any], size: int) -> dict[str, A
     vae = autoencoder(config, session.device)
     latents = torch.randn(1, 4, size, size, device=session.device)
     truth = vae.decode(latents)
-    vae.to(session.dtype).to(memory_format=torch.channels_last)
+    deploy(vae, session.dtype)
     latents = latents.to(session.dtype)
     return ablate(session, vae, lambda: vae.decode(latents), truth)

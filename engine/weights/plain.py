@@ -42,7 +42,7 @@ def check_plain(name: str, network: nn.Module, replaced: tuple[nn.Module, ...]) 
                 "undo what put it there, or leave this pipeline unoptimized"
             )
         hooked = path and (module._forward_hooks or module._forward_pre_hooks)
-        if hooked or ("forward" in vars(module) and module not in replaced):
+        if hooked or (overridden(module) and module not in replaced):
             raise RequestError(
                 f"{where}: its forward is hooked or replaced (offloading, caching, a library), and would be left out; "
                 "remove the hook (pipe.remove_all_hooks(), or the library's own way)"
@@ -55,6 +55,12 @@ def check_plain(name: str, network: nn.Module, replaced: tuple[nn.Module, ...]) 
             raise RequestError(f"{where}: attention processor {kind} is set; {hints[0] if hints else 'call ' + plain}")
         if any(getattr(module, option, None) is not None for option in FREEU):
             raise RequestError(f"{where}: FreeU is on, which is not supported; call pipe.disable_freeu()")
+
+
+def overridden(module: nn.Module) -> bool:
+    """Whether a module's `forward` is not its class's. Hooks that were removed leave that one behind on the module."""
+    found = vars(module).get("forward")
+    return found is not None and found != type(module).forward.__get__(module)
 
 
 class Watched:

@@ -50,8 +50,10 @@ def chunked(
     At least one query is taken at a time, so the smallest workspace is that of one query of every row and head.
     """
     rows, lq, heads, dim = q.shape
+    if q.numel() == 0:
+        return torch.empty_like(q, memory_format=torch.contiguous_format)
     lk = k.shape[1]
-    scale = dim**-0.5 if scale is None else scale
+    factor = dim**-0.5 if scale is None else scale
     keys, values = (t.transpose(1, 2).reshape(rows * heads, lk, dim) for t in (k, v))
     keys = keys.transpose(1, 2)
     hidden = None
@@ -62,14 +64,14 @@ def chunked(
     done = []
     for start in range(0, lq, step):
         part = q[:, start : start + step].transpose(1, 2)
-        scores = _scores(part.reshape(rows * heads, -1, dim), keys).unflatten(0, (rows, heads)).mul_(scale)
+        scores = _scores(part.reshape(rows * heads, -1, dim), keys).unflatten(0, (rows, heads)).mul_(factor)
         if spread is not None:
             scores = scores.add_(spread[:, :, start : start + step])
         if hidden is not None:
             scores = scores.masked_fill_(hidden, float("-inf"))
         weights = torch.softmax(scores, -1).to(v.dtype)
         done.append(torch.bmm(weights.flatten(0, 1), values).unflatten(0, (rows, heads)).transpose(1, 2))
-    return torch.cat(done, 1).contiguous() if done else torch.empty_like(q, memory_format=torch.contiguous_format)
+    return torch.cat(done, 1).contiguous()
 
 
 def _scores(q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:

@@ -45,7 +45,7 @@ def _tile(sm: int, columns: int, bits: int, small: bool, biased: bool) -> tuple[
         return 128, 64 if columns <= 80 else 32, 4, 1
     if sm < 90 or sm >= 120:  # mma.sync: the queries live in registers too
         if biased:
-            return (128, 32, 8, 3) if columns <= 80 else (64, 16, 8, 3)
+            return 128 if columns <= 80 else 64, 16, 8, 3
         if small:
             return (64, 64, 4, 3) if columns <= 64 else (64, 32, 4, 3) if columns <= 80 else (64, 16, 8, 3)
         return 128, 64 if columns <= 80 else 32 if columns <= 128 else 16, 8, 3

@@ -9,6 +9,8 @@ exponentials (one a score) about as expensive as the products at D = 64 and belo
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -257,7 +259,7 @@ def compilations() -> list[Compilation]:
 def _compilation(dtype: str, dim: int, extra: frozenset[str], config: Config, targets: frozenset[str]) -> Compilation:
     pointers = {name: f"*{dtype}" for name in ("q", "k", "v", "y")}
     pointers |= {name: {"kv_len": "*i32", "bias": f"*{dtype}"}[name] for name in extra}
-    constants: dict[str, object] = dict.fromkeys({"kv_len", "bias"} - extra)
+    constants: dict[str, Any] = dict.fromkeys({"kv_len", "bias"} - extra)
     integers = dict.fromkeys([*INTEGERS, "bn"], "i32")
     if "bias" in extra:  # its last stride, the one integer that is specialised, is 1
         constants["bn"] = 1

@@ -119,9 +119,8 @@ def _aligned(bias: torch.Tensor | None, q: torch.Tensor, k: torch.Tensor) -> tor
     if bias is None:
         return None
     shape = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
-    bias = bias.to(q.dtype)
-    bias = bias.expand(*bias.shape[:-1], shape[-1])
-    return F.pad(bias, (0, -shape[-1] % 16))[..., : shape[-1]].expand(shape)
+    wide = bias.to(q.dtype).expand(*bias.shape[:-1], shape[-1])
+    return F.pad(wide, (0, -shape[-1] % 16))[..., : shape[-1]].expand(shape)
 
 
 def cudnn(
@@ -199,9 +198,8 @@ def xformers(
     scale: float | None,
 ) -> torch.Tensor:
     """Arguments as the reference, without kv_len."""
-    from xformers.ops import memory_efficient_attention
-
-    return memory_efficient_attention(q, k, v, attn_bias=_aligned(bias, q, k), scale=scale).contiguous()
+    library: Any = import_module("xformers.ops")
+    return library.memory_efficient_attention(q, k, v, attn_bias=_aligned(bias, q, k), scale=scale).contiguous()
 
 
 @_opaque("flash_attn")

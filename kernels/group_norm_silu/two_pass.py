@@ -42,7 +42,7 @@ def statistics_kernel(
     b = tl.program_id(2).to(tl.int64)
     first = tl.program_id(0).to(tl.int64) * run
     length = tl.minimum(run, sites - first).to(tl.int32)
-    source, width, c0, before = source_of(tl.program_id(1), x, x2, channels1, channels2, BLOCK_C)
+    source, width, c0, before = source_of(tl.program_id(1), x, x2, channels1, channels2, BLOCK_C)  # pyright: ignore[reportGeneralTypeIssues]
     c = tl.arange(0, BLOCK_C)
     s = tl.arange(0, BLOCK_S)
     at = tile_offsets(s[:, None], c[None, :], sites, width, CHANNELS_LAST)
@@ -149,7 +149,7 @@ def normalise_kernel(
     # From the end: what the statistics pass read last is what the L2 cache still holds.
     b = (tl.num_programs(2) - 1 - tl.program_id(2)).to(tl.int64)
     first = (tl.num_programs(0) - 1 - tl.program_id(0)).to(tl.int64) * BLOCK_S
-    source, width, c0, before = source_of(tl.program_id(1), x, x2, channels1, channels2, BLOCK_C)
+    source, width, c0, before = source_of(tl.program_id(1), x, x2, channels1, channels2, BLOCK_C)  # pyright: ignore[reportGeneralTypeIssues]
     channels = channels1 + channels2
     c = tl.arange(0, BLOCK_C)
     s = tl.arange(0, BLOCK_S)

@@ -78,7 +78,7 @@ def guidance_stats(model_output: Tensor) -> tuple[Tensor, Tensor]:
         model_output = model_output.contiguous()
     elements = model_output[0, 0].numel()
     config: Config = launch_config("guidance_stats", heuristic, elements)
-    width = triton.next_power_of_2(branches + 1)
+    width = matrix_width(branches)
     chunk = triton.cdiv(elements, config.splits)
     constants = {"BRANCHES": branches, "WIDTH": width}
     options = config.options.kwargs()
@@ -95,16 +95,20 @@ def guidance_stats(model_output: Tensor) -> tuple[Tensor, Tensor]:
     return gram, means
 
 
+def matrix_width(branches: int) -> int:
+    """Smallest power of two with room for the branches and the branch of ones."""
+    return 1 << branches.bit_length()
+
+
 def compilations() -> list[Compilation]:
     """Every specialisation that launches on real shapes make."""
     made = []
     for dtype, branches, latent in (("bf16", 2, 64), ("bf16", 2, 128), ("fp16", 3, 64), ("fp32", 2, 128)):
         elements = 4 * latent * latent
         config = heuristic(elements)
-        width = triton.next_power_of_2(branches + 1)
         name = f"{dtype}, {branches} branches, {latent} x {latent}"
         result = {"out": "*fp32", "means": "*fp32", "elements": "i32"}
-        constants = {"BRANCHES": branches, "WIDTH": width}
+        constants = {"BRANCHES": branches, "WIDTH": matrix_width(branches)}
         made.append(
             Compilation(
                 name=name,

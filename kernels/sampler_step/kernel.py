@@ -76,7 +76,8 @@ def noise_bits(seed, counters, update, stream):
 @triton.jit
 def normals(seed, first, update, stream, BLOCK: tl.constexpr):
     """Unit normals of elements first to first + BLOCK of a row; `first` is a multiple of 4."""
-    a, b, c, d = noise_bits(seed, first // 4 + tl.arange(0, BLOCK // 4), update, stream)
+    counters = first // 4 + tl.arange(0, BLOCK // 4)
+    a, b, c, d = noise_bits(seed, counters, update, stream)  # pyright: ignore[reportGeneralTypeIssues]
     n0, n1 = tl.pair_uniform_to_normal(tl.uint_to_uniform_float(a), tl.uint_to_uniform_float(b))
     n2, n3 = tl.pair_uniform_to_normal(tl.uint_to_uniform_float(c), tl.uint_to_uniform_float(d))
     return tl.reshape(tl.join(tl.join(n0, n2), tl.join(n1, n3)), [BLOCK])
@@ -104,7 +105,7 @@ def sampler_step_kernel(
     e = first + tl.arange(0, BLOCK)
     inside = e < elements
     at = tl.load(update + row)
-    line, live = line_of(table, row, at, lines)
+    line, live = line_of(table, row, at, lines)  # pyright: ignore[reportGeneralTypeIssues]
     following, more = line_of(table, row, at + 1, lines)
 
     F = tl.zeros([BLOCK], tl.float32)
