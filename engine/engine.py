@@ -140,7 +140,8 @@ class Engine:
 
     def explain(self) -> str:
         """What was loaded, on what, and which implementation every op uses and why."""
-        return self.components.explain()
+        sampler = "\n".join(f"  {line}" for line in self._runner.binder.explain().splitlines())
+        return f"{self.components.explain()}\nsampler:\n{sampler}"
 
     def close(self) -> None:
         """Cancel what is queued or running and stop the worker. Safe to call twice."""

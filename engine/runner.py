@@ -8,8 +8,10 @@ from typing import NamedTuple
 import torch
 
 from ..kernels import sampler_step
+from ..kernels.dispatch import Site
 from ..kernels.sampler_step.columns import Column
 from .batch import Batch
+from .binding import Binder
 from .components import Components
 from .sampling.guidance import rescale_weights
 
@@ -38,6 +40,8 @@ class EagerRunner:
 
     def __init__(self, parts: Components) -> None:
         self.parts = parts
+        self.step = Site(sampler_step)
+        self.binder = Binder(self.step, parts.config)
 
     @torch.inference_mode()
     def update(self, batch: Batch) -> Before:
@@ -51,7 +55,9 @@ class EagerRunner:
         before = Before(batch.x, outputs, weights, lines)
         weights = weights.to(batch.x.dtype)
         state = (batch.x, batch.base, batch.history, outputs, batch.table, batch.update, weights, batch.seeds)
-        batch.x, batch.base, batch.history, batch.model_input, bad = sampler_step(*state, draws=batch.draws)
+        step = partial(self.step, *state, draws=batch.draws)
+        self.binder.bind((tuple(outputs.shape), batch.draws), step)
+        batch.x, batch.base, batch.history, batch.model_input, bad = step()
         batch.bad |= bad
         batch.update = batch.update + 1
         return before

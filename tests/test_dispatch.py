@@ -65,7 +65,7 @@ def test_auto_takes_what_fits_on_another_device(doubled: None) -> None:
 def test_unsupported_explicit_choice_raises_with_the_reason(doubled: None) -> None:
     with pytest.raises(UnsupportedCallError, match="no multiple of 4"), policy({"geglu": "doubled"}):
         geglu(torch.randn(2, 6))
-    with pytest.raises(UnsupportedCallError, match="no implementation 'fast'; valid: auto, .*doubled, .*reference"):
+    with pytest.raises(UnsupportedCallError, match=r"no implementation 'fast'; valid: auto, .*doubled, .*reference"):
         resolve(Block(), "cpu", "fast")
     with pytest.raises(UnsupportedCallError, match="no op 'conv'"):
         resolve(Block(), "cpu", {"conv": "reference"})

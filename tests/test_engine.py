@@ -385,6 +385,6 @@ def test_tiled_decode_is_close_to_whole(reference_pipeline: Callable[[str], Path
 
 def test_explain_names_the_implementation_of_every_op(engine: Engine) -> None:
     text = engine.explain()
-    for op in ("attention", "group_norm_silu", "layer_norm", "geglu"):
+    for op in ("attention", "group_norm_silu", "layer_norm", "geglu", "sampler_step"):
         assert op in text
     assert "reference" in text
