@@ -111,6 +111,7 @@ def test_version_models_and_doctor(stepfuse) -> None:
         assert topic in out
 
 
+@pytest.mark.slow
 def test_quiet_in_a_pipe_and_interruptible(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "stepfuse", "-q", "generate", "a red circle", "--steps", "2", "-o", "q.png"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=True)

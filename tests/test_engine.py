@@ -207,6 +207,7 @@ def test_closing_ends_what_is_queued(reference_pipeline: Callable[[str], Path]) 
         engine.generate(PROMPT)
 
 
+@pytest.mark.slow
 def test_a_program_that_forgets_to_close_ends_cleanly() -> None:
     program = (
         "from stepfuse import Engine\n"

@@ -15,6 +15,8 @@ from stepfuse.benchmarks.gpu_parts import tuning
 from stepfuse.benchmarks.gpu_parts.convs import fold_upsampling
 from stepfuse.benchmarks.gpu_parts.unets import kind_of
 
+pytestmark = pytest.mark.slow  # left out by `.ci/run quick`
+
 
 def suite(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "stepfuse.benchmarks.gpu_suite", "--device", "cpu", "--tiny", *arguments]

@@ -53,6 +53,7 @@ def test_help_is_light(arguments: list[str]):
     assert [name for name in HEAVY if name in loaded] == []
 
 
+@pytest.mark.slow
 def test_every_exported_name_resolves():
     code = "import stepfuse\nfor name in stepfuse.__all__: assert getattr(stepfuse, name) is not None, name"
     done = python(code)
@@ -70,6 +71,7 @@ def test_the_version_is_written_once():
     assert done.stdout.strip() not in (ROOT / "pyproject.toml").read_text()
 
 
+@pytest.mark.slow
 def test_transformers_imports_from_a_checkout_without_safe_path():
     """transformers probes for a top-level package `kernels`; from the checkout it finds ours, which must do no harm."""
     code = (

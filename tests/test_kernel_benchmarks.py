@@ -23,6 +23,8 @@ from stepfuse.benchmarks.kernel_shapes import Input, shapes
 from stepfuse.benchmarks.random_networks import autoencoder
 from stepfuse.kernels.op import REGISTRY
 
+pytestmark = pytest.mark.slow  # left out by `.ci/run quick`
+
 SETTINGS = Settings(device=torch.device("cpu"), dtype=torch.float32, compiled=False, rounds=3, budget_s=0.01)
 Register = Callable[[str, str, Callable[..., object]], None]
 

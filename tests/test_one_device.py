@@ -22,6 +22,8 @@ from stepfuse.engine.models.vae import AutoencoderKL
 from stepfuse.engine.runner import EagerRunner
 from stepfuse.engine.settling import settle
 
+pytestmark = pytest.mark.slow  # left out by `.ci/run quick`
+
 META = torch.device("meta")
 
 

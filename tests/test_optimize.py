@@ -18,6 +18,8 @@ from reference.random_weights import randomize
 import stepfuse
 from stepfuse.engine.errors import CheckpointError, RequestError
 
+pytestmark = pytest.mark.slow  # left out by `.ci/run quick`
+
 LATENTS = 1e-4  # relative L2 of the final latents
 SIZE = {"width": 96, "height": 64}
 COMMON = {"prompt": "a photo of a cat", "negative_prompt": "of", "num_inference_steps": 4, "guidance_scale": 5.0}
