@@ -293,7 +293,7 @@ def _middle(c: dict[str, Any], last: Level) -> Level | None:
 def _heads(c: dict[str, Any], i: int, attention: AttentionKind) -> int:
     """`attention_head_dim` is the number of heads of cross-attention blocks and the head size of the others.
 
-    The misnomer is kept by diffusers because tens of thousands of published configurations carry it (its issue 2011).
+    The misnomer is kept by diffusers because tens of thousands of published configurations carry it.
     """
     channels, n = c["block_out_channels"][i], len(c["block_out_channels"])
     size = _per_level(c["attention_head_dim"], n, "attention_head_dim")[i]
