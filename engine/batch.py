@@ -32,7 +32,8 @@ class Batch:
     update: int64 [R], the next line of each row's table; weights: [R, J] guidance weights, 0 for branches a row does
     not have; rescale: [R] guidance_rescale; seeds: int64 [R]; bad: bool [R], NaN or Inf was seen; prepared: M model
     rows. owners: host ids of the rows; branches: how many each has; draws: the most noises one update of any row needs
-    (0: all rows are deterministic).
+    (0: all rows are deterministic);
+    rescaled: whether any row has a guidance_rescale.
     """
 
     owners: list[Any]
@@ -49,6 +50,7 @@ class Batch:
     bad: torch.Tensor
     prepared: ModelRows
     draws: int = 0
+    rescaled: bool = False
 
     def __post_init__(self) -> None:
         device = self.x.device
@@ -78,6 +80,7 @@ class Batch:
             branches=self.branches + other.branches,
             prepared=type(self.prepared).cat([self.prepared, other.prepared]),
             draws=max(self.draws, other.draws),
+            rescaled=self.rescaled or other.rescaled,
             **joined,
         )
 
@@ -91,6 +94,7 @@ class Batch:
             branches=[self.branches[row] for row in rows],
             prepared=self.prepared.index_select(model_rows),
             draws=self.draws,
+            rescaled=self.rescaled,
             **{name: getattr(self, name)[index] for name in _PER_ROW},
         )
 

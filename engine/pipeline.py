@@ -71,6 +71,7 @@ def start(
         seeds=torch.tensor([settled.seeds[i] for i in images], dtype=torch.int64, device=device),
         bad=torch.zeros(rows, dtype=torch.bool, device=device),
         draws=2 if plan.stochastic else 0,
+        rescaled=settled.request.guidance_rescale > 0,
         prepared=parts.denoiser.prepare(_select(conditioning, model_rows), timesteps.expand(len(model_rows), -1)),
     )
 

@@ -25,12 +25,14 @@ class Before(NamedTuple):
     x: torch.Tensor
     outputs: torch.Tensor
     weights: torch.Tensor
-    lines: torch.Tensor
+    table: torch.Tensor
+    update: torch.Tensor
 
     def denoised(self, rows: list[int]) -> torch.Tensor:
         """The denoised estimate D = clamp(p x + q sum_j w_j F_j) [n, C, h, w] of the rows at these positions."""
         columns = (Column.P, Column.Q, Column.CLAMP)
-        p, q, bound = (self.lines[rows, column, None, None, None] for column in columns)
+        lines = self.table[rows, self.update[rows]]
+        p, q, bound = (lines[:, column, None, None, None] for column in columns)
         total = (self.weights[rows, :, None, None, None] * self.outputs[rows]).sum(1)
         return (p * self.x[rows] + q * total).clamp(-bound, bound)
 
@@ -50,10 +52,10 @@ class EagerRunner:
         denoise = partial(self.parts.denoiser, latents, batch.prepared, batch.update[batch.row_of])
         self.parts.binders["unet"].bind(tuple(latents.shape), denoise)
         outputs = denoise()[batch.model_rows].to(batch.x.dtype)
-        weights = rescale_weights(outputs, batch.weights, batch.rescale)
-        lines = batch.table[torch.arange(len(batch), device=batch.x.device), batch.update]
-        before = Before(batch.x, outputs, weights, lines)
-        weights = weights.to(batch.x.dtype)
+        weights = batch.weights
+        if batch.rescaled:
+            weights = rescale_weights(outputs, weights, batch.rescale).to(batch.x.dtype)
+        before = Before(batch.x, outputs, weights, batch.table, batch.update)
         state = (batch.x, batch.base, batch.history, outputs, batch.table, batch.update, weights, batch.seeds)
         step = partial(self.step, *state, draws=batch.draws)
         self.binder.bind((tuple(outputs.shape), batch.draws), step)
