@@ -20,6 +20,13 @@ from stepfuse.kernels.sampler_step.reference import philox
 
 pytestmark = pytest.mark.interpret
 RTOL = 1e-6
+EVERYTHING: dict[str, Any] = {
+    "masked": True,
+    "learned": True,
+    "kept": (2, 1, 1, 2),
+    "first": 1000,
+    "shape": (4, 13, 11),
+}
 CASES = {
     "one block": {"shape": (4, 8, 8)},
     "several blocks": {"shape": (4, 17, 19)},
@@ -35,6 +42,21 @@ CASES = {
     "noise given": {"extra": True},
     "interleaved output": {"interleaved": ("model_output",)},
     "all interleaved": {"interleaved": ("x", "base", "history", "model_output", "extra_noise"), "extra": True},
+    "known image": {"masked": True},
+    "known image, several blocks": {"masked": True, "shape": (4, 17, 19), "branches": 1},
+    "known image, interleaved state": {"masked": True, "interleaved": ("x", "base", "known"), "shape": (3, 5, 7)},
+    "learned variance": {"learned": True, "shape": (3, 9, 7)},
+    "learned variance, interleaved": {"learned": True, "interleaved": ("model_output",), "output": torch.float16},
+    "learned variance of given noise": {"learned": True, "extra": True, "branches": 3},
+    "window": {"first": 40, "draws": 1, "shape": (4, 5, 5)},
+    "model rows": {"kept": (2, 1, 2, 1), "output": torch.float16},
+    "model rows, float32": {"kept": (1, 1, 2, 2), "shape": (3, 5, 7)},
+    "model rows, bfloat16": {"kept": (2, 2, 1, 2), "output": torch.bfloat16, "shape": (4, 11, 13)},
+    "model rows, interleaved": {"kept": (1, 2, 1, 1), "interleaved": ("model_output",), "output": torch.float16},
+    "everything, float16": {**EVERYTHING, "output": torch.float16},
+    "everything, bfloat16": {**EVERYTHING, "output": torch.bfloat16, "shape": (16, 5, 4)},
+    "everything, float32, three branches": {**EVERYTHING, "branches": 3, "kept": (3, 1, 2, 3)},
+    "everything, interleaved": {**EVERYTHING, "interleaved": ("x", "base", "history", "model_output", "known")},
 }
 
 
@@ -45,9 +67,16 @@ def arguments(
     output: torch.dtype = torch.float32,
     extra: bool = False,
     interleaved: tuple[str, ...] = (),
+    masked: bool = False,
+    learned: bool = False,
+    kept: tuple[int, ...] = (),
+    first: int = 0,
     **options: int,
 ) -> dict[str, Any]:
-    """A random call whose table uses every column; a third of the coefficients are 0, some rows have ended."""
+    """A random call whose table uses every column; a third of the coefficients are 0, some rows have ended.
+
+    kept: the branches that every row has in the network, [R, J] without gaps if empty; first: of the lines of row 0.
+    """
     generator = torch.Generator().manual_seed(17)
     lines = 3
 
@@ -62,13 +91,29 @@ def arguments(
         "x": normal(rows, *shape),
         "base": normal(rows, *shape),
         "history": normal(rows, 3, *shape),
-        "model_output": normal(rows, branches, *shape).to(output),
+        "model_output": normal(rows, branches, shape[0] * (1 + learned), *shape[1:]).to(output),
         "table": table,
         "update": torch.arange(rows) % (lines + 1),
         "weights": normal(rows, branches),
         "seeds": torch.randint(0, 2**62, (rows,), generator=generator),
         "extra_noise": normal(rows, 2, *shape) if extra else None,
     }
+    if masked:
+        made |= {"mask": torch.rand(rows, 1, *shape[1:], generator=generator), "known": normal(rows, 2, *shape)}
+        table[..., Column.THRESHOLD] = table[..., Column.THRESHOLD].sign() * 0.4
+        made["mask"][..., 0] = 1.0
+    if learned:
+        table[..., Column.V_LOG] *= torch.arange(rows).reshape(-1, 1) % 2  # the others take roots
+        made["model_output"][:, :, shape[0] :] = made["model_output"][:, :, shape[0] :].abs()
+    if first:
+        made["first_line"] = first + torch.arange(rows)
+        made["update"] = made["update"] + made["first_line"]
+    if kept:
+        starts = [sum(kept[:row]) for row in range(rows)]
+        indices = [[at + (j if j < n else 0) for j in range(branches)] for at, n in zip(starts, kept, strict=True)]
+        made["model_rows"] = torch.tensor(indices)
+        made["weights"] *= torch.arange(branches) < torch.tensor(kept).unsqueeze(1)
+        made["model_output"] = torch.cat([made["model_output"][row, :n] for row, n in enumerate(kept)])
     for name in interleaved:
         made[name] = made[name].movedim(-3, -1).contiguous().movedim(-1, -3)
         assert math.prod(shape) == 1 or dense(made[name])[1]
@@ -91,15 +136,45 @@ def test_equals_the_reference(case: dict[str, Any]) -> None:
         if expected.dtype == torch.bool:
             assert torch.equal(found, expected)
         else:
-            assert (found - expected).abs().max() <= RTOL * expected.abs().max()
+            # the network's input is rounded to its dtype: where the two round apart, by one place
+            rtol = max(RTOL, torch.finfo(found.dtype).eps) if found.dtype != torch.float32 else RTOL
+            assert (found.double() - expected.double()).abs().max() <= rtol * expected.abs().max()
     for name, copy in copies.items():
         assert torch.equal(call[name], copy), f"{name} was changed"
 
 
+@pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("extra", [True, False])
-def test_without_drawn_noise_the_bits_are_those_of_the_reference(extra: bool) -> None:
-    for found, expected in both(arguments(extra=extra, draws=2 if extra else 0, shape=(4, 9, 9))):
+def test_without_drawn_noise_the_bits_are_those_of_the_reference(extra: bool, masked: bool) -> None:
+    for found, expected in both(arguments(extra=extra, draws=2 if extra else 0, shape=(4, 9, 9), masked=masked)):
         assert torch.equal(found, expected)
+
+
+def test_what_no_line_asks_for_changes_no_bits() -> None:
+    plain = arguments(draws=2, shape=(4, 9, 9))
+    new = [Column.KNOWN, Column.KNOWN_NOISE, Column.THRESHOLD, Column.V_LOG, Column.V_ROOT]
+    plain["table"][..., new] = 0.0
+    nan = torch.full_like(plain["model_output"], math.nan)
+    more = {**plain, "model_output": torch.cat((plain["model_output"], nan), 2)}
+    more |= {"mask": torch.full((4, 1, 9, 9), math.nan), "known": torch.full((4, 2, 4, 9, 9), math.nan)}
+    more |= {"first_line": torch.full((4,), 70), "seeds": plain["seeds"]}
+    with policy({"sampler_step": "triton"}):
+        before = sampler_step(**{**plain, "draws": 0})
+        after = sampler_step(**{**more, "update": plain["update"] + 70, "draws": 0})
+        drawn = sampler_step(**plain)
+        asked = sampler_step(**{**more, "first_line": None})
+    for pairs in (zip(before, after, strict=True), zip(drawn, asked, strict=True)):
+        for a, b in pairs:
+            assert torch.equal(a, b)
+
+
+def test_the_noise_of_a_window_counts_updates() -> None:
+    call = arguments(first=5, draws=2)
+    shifted = {**call, "first_line": call["first_line"] + 1, "update": call["update"] + 1}
+    with policy({"sampler_step": "triton"}):
+        assert not torch.equal(sampler_step(**call)[0], sampler_step(**shifted)[0])
+        for a, b in zip(sampler_step(**call | {"draws": 0}), sampler_step(**shifted | {"draws": 0}), strict=True):
+            assert torch.equal(a, b)
 
 
 def test_noise_has_the_bits_of_the_reference() -> None:
@@ -178,9 +253,10 @@ def test_rows_do_not_depend_on_each_other() -> None:
 
 
 def test_other_layouts_are_copied_and_give_the_same() -> None:
-    call = arguments(draws=0)
+    call = arguments(draws=0, masked=True, first=3, kept=(2, 2, 1, 2))
     expected = [reference for _, reference in both(call)]
-    for name in ("x", "base", "history", "model_output", "table", "weights", "update", "seeds"):
+    names = ("x", "base", "history", "model_output", "table", "weights", "update", "seeds", "mask", "known")
+    for name in (*names, "first_line", "model_rows"):
         value = call[name]
         wide = torch.full((*value.shape[:-1], 2 * value.shape[-1]), 7, dtype=value.dtype)
         wide[..., ::2] = value
@@ -196,6 +272,18 @@ def test_float64_is_refused_with_the_reason() -> None:
     call["x"] = call["x"].half()
     with pytest.raises(UnsupportedCallError, match=r"x is torch\.float16"), policy({"sampler_step": "triton"}):
         sampler_step(**call)
+
+
+def test_float16_known_image_is_refused_with_the_reason() -> None:
+    call = arguments(masked=True)
+    for name in ("mask", "known"):
+        with (
+            pytest.raises(UnsupportedCallError, match=rf"{name} is torch\.float16"),
+            policy({"sampler_step": "triton"}),
+        ):
+            sampler_step(**{**call, name: call[name].half()})
+    with pytest.raises(ValueError, match="give mask and known"), policy({"sampler_step": "triton"}):
+        sampler_step(**{**call, "known": None})
 
 
 def test_compilations_give_every_argument() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import diffusers
@@ -83,24 +84,39 @@ def compare(
     *,
     dtype: torch.dtype = torch.float64,
     changed: dict[str, Any] | None = None,
+    call: Callable[[torch.Tensor, float], torch.Tensor] = network,
+    mask: torch.Tensor | None = None,
     **options: Any,
 ) -> tuple[Plan, float, float]:
     """Our plan of `sampler` on `config`, and the largest difference of timesteps and of states from diffusers.
 
-    `changed`: options diffusers' target is told, `options`: what `make_plan` is told instead.
+    `changed`: options diffusers' target is told, `options`: what `make_plan` is told instead; `mask`: of inpainting.
     """
     source = make(getattr(diffusers, config["_class_name"]), config, dtype)
     theirs = make(getattr(diffusers, CLASS_NAMES[sampler]), source.config, dtype, **(changed or {}))
     step_options = {"eta": options["eta"]} if "eta" in options else {}
     unit, noises = draw(1, 7, dtype)[0], draw(steps * 2 + 12, 8, dtype)
-    if sampler == "ddpm" and config.get("variance_type") != "fixed_large":
+    if sampler == "ddpm" and config.get("variance_type", "fixed_small").startswith("fixed_small"):
         noises[steps - 1].zero_()  # diffusers draws the last noise with a deviation of 1e-10, clamped from 0
-    timesteps, states = trajectory(theirs, steps, unit, network, noises, **step_options)
     plan = make_plan(SchedulerConfig.from_diffusers(config), steps=steps, sampler=sampler, **options)
-    ours = run(plan, unit * plan.init_scale, network, noises)
+    known = torch.stack((draw(1, 9, dtype)[0], unit), 1)
+    if mask is not None:
+        plan = plan.inpainting()
+        step_options["after"] = lambda i, x: put_back(theirs, i, x, known, mask)
+    timesteps, states = trajectory(theirs, steps, unit, call, noises, **step_options)
+    extra = {} if mask is None else {"mask": mask, "known": known}
+    ours = run(plan, unit * plan.init_scale, call, noises, **extra)
     assert len(plan.timesteps) == len(timesteps)
     gap = max(abs(a - b) for a, b in zip(plan.timesteps, timesteps, strict=True))
     return plan, gap, worst(ours, states)
+
+
+def put_back(scheduler: Any, i: int, x: torch.Tensor, known: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """What `StableDiffusionInpaintPipeline` does after step i with a network of four input channels."""
+    image, noise = known.unbind(1)
+    if i < len(scheduler.timesteps) - 1:
+        image = scheduler.add_noise(image, noise, torch.tensor([scheduler.timesteps[i + 1]]))
+    return (1 - mask) * image + mask * x
 
 
 def refused(config: dict[str, Any], sampler: str, steps: int, prediction: str) -> bool:
@@ -237,6 +253,67 @@ def test_pndm_runge_kutta_steps_equal_diffusers(spacing: str, prediction: str, s
 def test_ddpm_variances_equal_diffusers(variance: str) -> None:
     _, _, error = compare({**PIXEL, "variance_type": variance, "clip_sample_range": 0.7}, "ddpm", 25)
     assert error <= 1e-12
+
+
+def with_variance(x: torch.Tensor, timestep: float) -> torch.Tensor:
+    """A network of twice the channels: the prediction, and what stands for a variance, -1 to 1 and a little beyond."""
+    return torch.cat((network(x, timestep), 1.1 * torch.sin(3.0 * x + timestep)), 1)
+
+
+def with_positive_variance(x: torch.Tensor, timestep: float) -> torch.Tensor:
+    return torch.cat((network(x, timestep), 0.02 + torch.sin(3.0 * x + timestep) ** 2), 1)
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize(("variance", "call"), [("learned_range", with_variance), ("learned", with_positive_variance)])
+def test_learned_variances_equal_diffusers(
+    variance: str, call: Callable[[torch.Tensor, float], torch.Tensor], prediction: str, spacing: str
+) -> None:
+    config = {**PIXEL, "variance_type": variance, "prediction_type": prediction, "timestep_spacing": spacing}
+    for steps in (1, 4, 25):
+        plan, gap, error = compare(config, "ddpm", steps, call=call)
+        assert gap == 0
+        assert error <= 1e-10, steps
+        assert plan.learned_variance == (steps > 1 or spacing == "trailing")  # the step from timestep 0 draws nothing
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m", "euler"])
+def test_other_samplers_leave_a_learned_variance_alone(sampler: str) -> None:
+    config = {**PIXEL, "variance_type": "learned_range", "clip_sample": False}
+    plan, noises = make_plan(SchedulerConfig.from_diffusers(config), steps=5, sampler=sampler), draw(12, 8)
+    assert not plan.learned_variance
+    both = [run(plan, draw(1, 7)[0] * plan.init_scale, call, noises) for call in (with_variance, network)]
+    assert all(torch.equal(a, b) for a, b in zip(*both, strict=True))
+
+
+MASK = torch.tensor([[0.0, 1.0, 0.3, 1.0, 0.0], [1.0, 1.0, 0.0, 0.75, 0.5], [0.0, 0.0, 1.0, 1.0, 0.1]]).double()[
+    None, None
+]
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd2v", "karras"])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_inpainting_equals_diffusers(sampler: str, name: str) -> None:
+    for steps in (1, 4, 11):
+        _, gap, error = compare(CONFIGS[name], sampler, steps, mask=MASK)
+        assert gap <= 1e-9
+        assert error <= 1e-12, steps
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "euler", "heun"])
+def test_a_strength_for_every_pixel_is_image_to_image_of_that_strength(sampler: str) -> None:
+    config, steps = SchedulerConfig.from_diffusers(SDXL), 10
+    known = torch.stack(draw(2, 5), 1)
+    whole = make_plan(config, steps=steps, sampler=sampler).inpainting(strengths=True)
+    start = whole.init_scale * known[:, 1]
+    for strength, skipped in ((1.0, 0), (0.95, 1), (0.9, 1), (0.5, 5), (0.12, 9), (0.1, 9)):
+        plan = make_plan(config, steps=steps, sampler=sampler, start=skipped)
+        alone = run(plan, plan.init_alpha * known[:, 0] + plan.init_scale * known[:, 1], network)
+        found = run(whole, start, network, mask=torch.full_like(MASK, strength), known=known)
+        assert worst(found[-len(alone) :], alone) <= 1e-12, strength
+    for strength in (0.0, 0.09):
+        assert torch.equal(run(whole, start, network, mask=0 * MASK + strength, known=known)[-1], known[:, 0])
 
 
 @pytest.mark.parametrize("schedule", ["karras", "exponential"])

@@ -189,6 +189,7 @@ def test_unavailable_checkpoint_sampler_asks_for_one() -> None:
         ({"trained_betas": []}, "expected tuple"),
         ({"prediction_type": "velocity"}, "prediction_type"),
         ({"predict_epsilon": False}, "sample"),
+        ({"variance_type": "learnt"}, "variance_type"),
     ],
 )
 def test_bad_configurations(changed: dict[str, Any], message: str) -> None:
@@ -200,7 +201,6 @@ def test_bad_configurations(changed: dict[str, Any], message: str) -> None:
     ("changed", "sampler", "message"),
     [
         ({"thresholding": True}, "ddim", "thresholding"),
-        ({"variance_type": "learned_range"}, "ddpm", "learned variance"),
         ({"prediction_type": "flow_prediction"}, "euler", "beta schedule"),
         ({"use_flow_sigmas": True}, "dpmpp_2m", "flow"),
         ({"algorithm_type": "dpmsolver"}, "dpmpp_2m", "dpmsolver"),

@@ -24,6 +24,7 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "beta_schedule": BETA_SCHEDULES,
     "prediction_type": (*PREDICTIONS, *PREDICTION_ALIASES),
     "timestep_spacing": ("leading", "trailing", "linspace"),
+    "variance_type": ("fixed_small", "fixed_small_log", "fixed_large", "fixed_large_log", "learned", "learned_range"),
     "interpolation_type": ("linear", "log_linear"),
     "timestep_type": ("discrete", "continuous"),
     "final_sigmas_type": ("zero", "sigma_min"),
@@ -105,7 +106,7 @@ def _check(key: str, value: Any) -> None:
         ok = isinstance(value, str)
     if not ok:
         raise CheckpointError(f"scheduler option {key!r} is {value!r}; expected {kind}")
-    if key in _CHOICES and value not in _CHOICES[key]:
+    if key in _CHOICES and value is not None and value not in _CHOICES[key]:
         raise CheckpointError(f"scheduler option {key!r} is {value!r}; {closest(str(value), _CHOICES[key])}")
     _check_range(key, value)
 
@@ -133,10 +134,6 @@ def _check_supported(sampler: str, o: SamplerOptions) -> None:
     if o.thresholding:
         raise CheckpointError(
             f"{where}: dynamic thresholding is not supported; set `thresholding: false` or take euler"
-        )
-    if o.variance_type in ("learned", "learned_range"):
-        raise CheckpointError(
-            f"{where}: a network with learned variance ({o.variance_type!r}) is not supported; take sampler='ddim'"
         )
     if sum((o.use_karras_sigmas, o.use_exponential_sigmas, o.use_beta_sigmas)) > 1:
         raise CheckpointError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -57,6 +57,11 @@ class Update:
     push: bool = False
     ex: float = 0.0
     eD: float = 0.0
+    known: float = 0.0
+    known_noise: float = 0.0
+    threshold: float = 0.0
+    v_log: float = 0.0
+    v_root: float = 0.0
 
     def line(self) -> list[float]:
         """This update as a table line, in `Column` order."""
@@ -102,6 +107,29 @@ class Plan:
     def stochastic(self) -> bool:
         """Whether any update draws noise."""
         return any(u.S or u.Sp or u.Sp2 for u in self.updates)
+
+    @property
+    def learned_variance(self) -> bool:
+        """Whether the network has to predict a variance: twice the channels of the state."""
+        return any(u.v_log or u.v_root for u in self.updates)
+
+    def inpainting(self, *, strengths: bool = False) -> Plan:
+        """This plan with a known image put back after every update, where a mask says so.
+
+        The known image is put back at the level of the next evaluation, alpha' known + sigma' noise, and after the last
+        update as it is (RePaint, Lugmayr et al. 2022, equation 8 without resampling; diffusers' inpainting pipelines).
+        The noise is that of the initial state: a known pixel then stays on one trajectory.
+
+        strengths: the mask holds the strength of every pixel, as image to image has one for the whole image: at 1 a
+        pixel is made anew, at 0 it stays, and otherwise it is known until step (1 - strength) steps (the change map of
+        Differential Diffusion, Levin & Fried 2023, whose loop gives every pixel one evaluation more).
+        """
+        updates = []
+        for update, following in zip(self.updates, [*self.updates[1:], None], strict=True):
+            alpha, sigma = (1.0, 0.0) if following is None else (following.alpha, following.sigma)
+            threshold = 1.0 - update.step / self.steps if strengths else 0.0
+            updates.append(replace(update, known=alpha, known_noise=sigma, threshold=threshold))
+        return replace(self, updates=tuple(updates))
 
     def table(self) -> NDArray[np.float64]:
         """All updates as float64 [len(updates), len(Column)]."""

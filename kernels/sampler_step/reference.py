@@ -1,7 +1,8 @@
 """The definition of `sampler_step` in plain torch, and of the noise it draws (Philox-4x32-10, Box-Muller).
 
-Fused by the kernel: guidance sum, denoised estimate, clamp, linear update of state and base, history push, noise, and
-the scaled network input of the next update. Every row has its own table and its own position in it.
+Fused by the kernel: guidance sum, denoised estimate, clamp, linear update of state and base, history push, noise, the
+blend with a known image, and the scaled network input of the next update. Every row has its own table and its own
+position in it.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..op import is_channels_last
 from .columns import HISTORY, Column
 
 _MASK = 0xFFFFFFFF
@@ -30,13 +32,18 @@ def sampler_step(
     extra_noise: Tensor | None = None,
     noise_stream: int = 0,
     draws: int = 2,
+    mask: Tensor | None = None,
+    known: Tensor | None = None,
+    model_rows: Tensor | None = None,
+    first_line: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """One update of every row; formulas in `columns.Column`.
 
     x             float32 or float64 [R, C, H, W]: the state. All arithmetic is in its dtype
     base          like x: the state kept by multi-stage methods
     history       like x [R, 3, C, H, W], newest first
-    model_output  any float [R, J, C, H, W]: the network's output for every guidance branch
+    model_output  any float [R, J, C, H, W]: the network's output for every guidance branch. Of 2 C channels the second
+                  C are the learned variance v; the one of branch 0, the prompt's, is used where a line asks for it
     table         float [R, U, len(Column)]: each row's plan, padded with lines of zeros
     update        int64 [R]: the line each row is at
     weights       like table [R, J]: guidance weight of every branch, any rescaling included
@@ -46,22 +53,39 @@ def sampler_step(
     draws         how many noises any row can need: 2 this and the previous update's, 1 this one's, 0 none (a saving for
                   batches known to be deterministic; the rows' tables are trusted to agree)
 
+    mask          like x [R, 1, H, W]: 1 where the image is new, 0 where it is known, or a strength for every pixel
+    known         like x [R, 2, C, H, W]: the known image and the noise that covers it. With `mask` or not at all;
+                  without them KNOWN, KNOWN_NOISE and THRESHOLD mean nothing
+    model_rows    int64 [R, J]: the network's rows are not [R, J] but [M], only the branches that rows have, and this is
+                  where each branch is. Then model_output is [M, C or 2 C, H, W], and so is the network input, in
+                  the dtype and memory format of model_output: what the network takes. A branch of weight 0 may share
+                  the model row of another of its row. A model row that two rows name gets the input of either, one that
+                  nobody names is left undefined: only padding may be such
+    first_line    int64 [R]: `table` is a window of the row's plan, whose line 0 is this update's. A row needs its line
+                  and the next; the noise still counts updates
+
     Returns (x, base, history, network input of the next update c_in x, nonfinite bool [R]), all new tensors. A row
     whose plan is over (a line of zeros, or an index outside the table) comes back unchanged, with c_in = 1. A term
     whose coefficient is 0 is not read: NaN in an unused branch, base or history entry does no harm. No row depends on
-    another, and nothing waits for the device.
+    another, and nothing waits for the device. Raises ValueError for a mask without a known image (or the reverse) and
+    for another number of channels than C or 2 C.
     """
-    line, live = _line(table, update)
+    channels = check(x, model_output, mask, known)
+    at = update if first_line is None else update - first_line
+    line, live = _line(table, at)
     c = {column: line[:, column].to(x.dtype).reshape(-1, 1, 1, 1) for column in Column}
     keep = ~live.reshape(-1, 1, 1, 1)
 
+    outputs = (model_output if model_rows is None else model_output[model_rows]).to(x.dtype)
     F = torch.zeros_like(x)
-    for j in range(model_output.shape[1]):
-        F = F + _term(weights[:, j].to(x.dtype).reshape(-1, 1, 1, 1), model_output[:, j].to(x.dtype))
+    for j in range(weights.shape[1]):
+        F = F + _term(weights[:, j].to(x.dtype).reshape(-1, 1, 1, 1), outputs[:, j, :channels])
     raw = _term(c[Column.P], x) + _term(c[Column.Q], F)
     D = torch.minimum(torch.maximum(raw, -c[Column.CLAMP]), c[Column.CLAMP])
 
     noise = _noise(x, seeds, update, extra_noise, noise_stream, draws)
+    if outputs.shape[2] > channels and noise:
+        noise = (_deviation(c, outputs[:, 0, channels:]) * noise[0], *noise[1:])
     past = history.unbind(1)
     x_new = _term(c[Column.A], x) + _term(c[Column.B], D) + _term(c[Column.B_RAW], raw) + _term(c[Column.G], base)
     base_new = _term(c[Column.A2], x) + _term(c[Column.B2], D) + _term(c[Column.G2], base)
@@ -72,6 +96,8 @@ def sampler_step(
         x_new = x_new + _term(c[coefficient], xi)
     for xi in noise[1:]:
         base_new = base_new + _term(c[Column.SP2], xi)
+    if mask is not None and known is not None:
+        x_new = _blend(c, x_new, mask, known)
     entry = _term(c[Column.EX], x) + _term(c[Column.ED], D)
 
     x_new = torch.where(keep, x, x_new)
@@ -79,10 +105,26 @@ def sampler_step(
     pushed = torch.stack((entry, *past[: HISTORY - 1]), dim=1)
     history_new = torch.where((keep | (c[Column.PUSH] == 0)).unsqueeze(1), history, pushed)
 
-    following, more = _line(table, update + 1)
+    following, more = _line(table, at + 1)
     c_in = torch.where(live & more, following[:, Column.C_IN], 1.0).to(x.dtype).reshape(-1, 1, 1, 1)
     nonfinite = live & ~torch.isfinite(x_new).flatten(1).all(dim=1)
-    return x_new, base_new, history_new, c_in * x_new, nonfinite
+    model_input = c_in * x_new
+    if model_rows is not None:
+        model_input = _scatter(model_input, model_rows, model_output)
+    return x_new, base_new, history_new, model_input, nonfinite
+
+
+def check(x: Tensor, model_output: Tensor, mask: Tensor | None, known: Tensor | None) -> int:
+    """The channels C of the state; raises ValueError for arguments that do not go together."""
+    if (mask is None) != (known is None):
+        raise ValueError(f"got {'known' if mask is None else 'mask'} alone; give mask and known, or neither")
+    channels, found = x.shape[1], model_output.shape[-3]
+    if found not in (channels, 2 * channels):
+        raise ValueError(
+            f"model_output has {found} channels, the state {channels}; expected as many, or {2 * channels} with a "
+            "learned variance"
+        )
+    return channels
 
 
 def _line(table: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
@@ -96,6 +138,30 @@ def _line(table: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
 def _term(coefficient: Tensor, value: Tensor) -> Tensor:
     """coefficient * value, and 0 where the coefficient is 0 whatever the value."""
     return torch.where(coefficient == 0, 0.0, coefficient * value)
+
+
+def _deviation(c: dict[Column, Tensor], v: Tensor) -> Tensor:
+    """The factor s(v) of the noise."""
+    root = torch.where(c[Column.V_ROOT] == 0, 1.0, c[Column.V_ROOT] * torch.sqrt(v))
+    return torch.where(c[Column.V_LOG] == 0, root, torch.exp(c[Column.V_LOG] * v))
+
+
+def _blend(c: dict[Column, Tensor], x: Tensor, mask: Tensor, known: Tensor) -> Tensor:
+    """x where the mask is 1, the known image at the level of x where it is 0."""
+    image, noise = known.to(x.dtype).unbind(1)
+    image = _term(c[Column.KNOWN], image) + _term(c[Column.KNOWN_NOISE], noise)
+    m = torch.where(c[Column.THRESHOLD] > 0, (mask >= c[Column.THRESHOLD]).to(x.dtype), mask.to(x.dtype))
+    keeps = (c[Column.KNOWN] == 0) & (c[Column.KNOWN_NOISE] == 0)
+    return torch.where(keeps, x, _term(m, x) + _term(1.0 - m, image))
+
+
+def _scatter(rows: Tensor, model_rows: Tensor, like: Tensor) -> Tensor:
+    """`rows` [R, C, H, W] at every model row that names them: [M, C, H, W] in dtype and memory format of `like`."""
+    shape = (like.shape[0], *rows.shape[1:])
+    layout = torch.channels_last if is_channels_last(like) else torch.contiguous_format
+    made = torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=layout)
+    copies = rows.to(like.dtype).repeat_interleave(model_rows.shape[1], dim=0)
+    return made.index_copy_(0, model_rows.flatten(), copies)
 
 
 def _noise(

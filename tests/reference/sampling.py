@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,8 +25,10 @@ def draw(count: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> list[
     return [torch.randn(SHAPE, generator=generator, dtype=torch.float64).to(dtype) for _ in range(count)]
 
 
-def run(plan: Plan, x: Tensor, call: Callable[[Tensor, float], Tensor], noises: Sequence[Tensor] = ()) -> list[Tensor]:
-    """The state after every update, from x (already scaled), one row."""
+def run(
+    plan: Plan, x: Tensor, call: Callable[[Tensor, float], Tensor], noises: Sequence[Tensor] = (), **options: Any
+) -> list[Tensor]:
+    """The state after every update, from x (already scaled), one row; `options` are more arguments of the op."""
     table = torch.from_numpy(plan.table()).to(x.dtype).unsqueeze(0)
     base, history = torch.zeros_like(x), torch.zeros(1, 3, *x.shape[1:], dtype=x.dtype)
     model_input, states = plan.updates[0].c_in * x, []
@@ -35,7 +38,7 @@ def run(plan: Plan, x: Tensor, call: Callable[[Tensor, float], Tensor], noises: 
         noise = torch.stack((noises[i], noises[i - 1]), 1) if noises else torch.zeros(1, 2, *x.shape[1:], dtype=x.dtype)
         position = torch.tensor([i])
         x, base, history, model_input, bad = sampler_step(
-            x, base, history, output, table, position, weights, seeds, extra_noise=noise
+            x, base, history, output, table, position, weights, seeds, extra_noise=noise, **options
         )
         assert not bad.any()
         states.append(x.double())

@@ -59,17 +59,26 @@ def make(cls: Any, config: dict[str, Any], dtype: torch.dtype, **changed: Any) -
 
 
 def trajectory(
-    scheduler: Any, steps: int, unit_noise: Tensor, network: Network, noises: Sequence[Tensor] = (), **step_options: Any
+    scheduler: Any,
+    steps: int,
+    unit_noise: Tensor,
+    network: Network,
+    noises: Sequence[Tensor] = (),
+    after: Callable[[int, Tensor], Tensor] = lambda i, x: x,
+    **step_options: Any,
 ) -> tuple[list[float], list[Tensor]]:
-    """Timesteps and the state after every step, float64, of the pipelines' denoising loop over `network`."""
+    """Timesteps and the state after every step, float64, of the pipelines' denoising loop over `network`.
+
+    `after(i, x)` is what the pipeline does to the state after step i.
+    """
     dtype = unit_noise.dtype
     states, timesteps = [], []
     with precision(type(scheduler), dtype, noises):
         scheduler.set_timesteps(steps)
         x = unit_noise * scheduler.init_noise_sigma
-        for t in scheduler.timesteps:
+        for i, t in enumerate(scheduler.timesteps):
             out = network(scheduler.scale_model_input(x, t), float(t))
-            x = scheduler.step(out, t, x, return_dict=False, **step_options)[0]
+            x = after(i, scheduler.step(out, t, x, return_dict=False, **step_options)[0])
             states.append(x.double())
             timesteps.append(float(t))
     return timesteps, states

@@ -30,16 +30,29 @@ def plan_ddpm(levels: Levels, *, variance: str = "fixed_small") -> list[Update]:
     `variance`: fixed_small, fixed_small_log: the posterior deviation; fixed_large, fixed_large_log: sqrt(beta_t). As in
     diffusers the last step draws no noise if it is at timestep 0. diffusers' fixed_large_log takes the root of a
     logarithm, which is NaN; here it is fixed_large, what the name meant in GLIDE.
+
+    learned_range: the network's v in [-1, 1] interpolates between the logarithms of the two, v = 1 is beta_t (Nichol &
+    Dhariwal 2021, equation 15); learned: v is the variance itself, as diffusers reads it.
     """
     updates = []
     for i, (at, to) in enumerate(zip(levels.at, levels.to, strict=True)):
         small = posterior_deviation(at, to)
-        noise = math.sqrt(1.0 - (at.alpha / to.alpha) ** 2) if variance.startswith("fixed_large") else small
         A = math.sqrt(max(to.sigma**2 - small**2, 0.0)) / at.sigma
         skipped = to is levels.to[-1] and at.timestep == 0.0
-        S = 0.0 if skipped else noise
-        updates.append(evaluate_at(at, levels.start + i, A=A, B=to.alpha - at.alpha * A, S=S))
+        noise = {} if skipped else _noise_terms(variance, small, math.sqrt(1.0 - (at.alpha / to.alpha) ** 2))
+        updates.append(evaluate_at(at, levels.start + i, A=A, B=to.alpha - at.alpha * A, **noise))
     return updates
+
+
+def _noise_terms(variance: str, small: float, large: float) -> dict[str, float]:
+    """The noise columns of one DDPM step whose deviation lies between `small` and `large`."""
+    if variance == "learned_range":
+        # S exp(V_LOG v), S the geometric mean. A last step to no noise has small = 0, clamped as in diffusers.
+        low, high = math.log(max(small, 1e-10)), math.log(large)
+        return {"S": math.exp((high + low) / 2), "v_log": (high - low) / 2}
+    if variance == "learned":
+        return {"S": large, "v_root": 1.0 / large}
+    return {"S": large if variance.startswith("fixed_large") else small}
 
 
 def plan_euler_ancestral(levels: Levels, *, eta: float = 1.0) -> list[Update]:
