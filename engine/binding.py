@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from ..kernels.dispatch import Dispatch, record, resolve
+from ..kernels.dispatch import Dispatch, Site, record, resolve
+from ..kernels.launch_configs import in_use
 from ..kernels.op import UnsupportedCallError
 from ..kernels.policy import validate
 from .config import ResolvedConfig
@@ -46,10 +47,13 @@ class Binder:
         self._bound = bucket
 
     def explain(self) -> str:
-        """The dispatch of every bucket seen so far."""
+        """The records in use and the dispatch of every bucket seen so far."""
         if not self.dispatches:
-            return "decided by the first request of each shape"
-        return "\n".join(f"{bucket}:\n{dispatch.explain()}" for bucket, dispatch in self.dispatches.items())
+            ops = {site.op.name for site in self.module.modules() if isinstance(site, Site)}
+            return f"{in_use(sorted(ops))}\ndecided by the first request of each shape"
+        first, *_ = self.dispatches.values()
+        tables = (f"{bucket}:\n{dispatch.table()}" for bucket, dispatch in self.dispatches.items())
+        return "\n".join((first.records(), *tables))
 
     def _resolve(self, run: Callable[[], Any]) -> Dispatch:
         device, choice = self.config.device.type, self.config.kernels

@@ -32,7 +32,7 @@ def examine() -> list[Finding]:
     """Everything worth knowing about this machine, in the order a person would ask. Imports torch."""
     found = [Finding("python", "ok", f"{platform.python_version()} on {platform.system()} {platform.machine()}")]
     found += [Finding(name, "ok", version(name)) for name in ("numpy", "transformers", "safetensors")]
-    return [*found, *_torch(), _triton(), *_optional(), _kernels()]
+    return [*found, *_torch(), _triton(), *_optional(), _kernels(), *_records()]
 
 
 def _torch() -> list[Finding]:
@@ -84,3 +84,19 @@ def _kernels() -> Finding:
         getattr(kernels, name)
     ops = ", ".join(f"{name} ({'/'.join(op.implementations)})" for name, op in sorted(REGISTRY.items()))
     return Finding("kernels", "ok", ops)
+
+
+def _records() -> list[Finding]:
+    """Which record of kernels this device has, and what is in it: one line per op and choice, with its shapes."""
+    from .. import kernels
+    from ..kernels import device, launch_configs
+
+    found = [Finding("records", "ok", launch_configs.in_use(kernels.__all__))]
+    for op in kernels.__all__:
+        shapes: dict[str, list[str]] = {}
+        for entry in launch_configs.read(launch_configs.path(op, device.name())):
+            choice = ", ".join(filter(None, (entry.implementation, launch_configs.in_words(entry.config or {}))))
+            key = f"{choice}; measured: {str(entry.measured).lower()}"
+            shapes.setdefault(key, []).append(str(entry.evidence.get("workload", "unnamed")))
+        found += [Finding("record", "ok", f"{op}: {key}; {', '.join(names)}") for key, names in shapes.items()]
+    return found

@@ -12,8 +12,9 @@ from typing import Any
 
 from torch import nn
 
+from .launch_configs import Launch, in_use, launch_of
 from .op import Call, Op
-from .policy import Choice, choose, validate
+from .policy import Choice, decide, validate
 
 
 class Site(nn.Module):
@@ -44,11 +45,27 @@ class Site(nn.Module):
 
 @dataclass(frozen=True)
 class Selected:
-    """What one site uses and why."""
+    """What one site uses and why.
+
+    shape: of the recorded call, as text; launch: its launch configuration, None where there is none to choose;
+    measured: whether the implementation was the fastest of a measurement on this device.
+    """
 
     op: str
     implementation: str
     reason: str
+    shape: str = ""
+    launch: Launch | None = None
+    measured: bool = False
+
+    def __str__(self) -> str:
+        """All of it but the op and the implementation."""
+        parts = [
+            self.shape,
+            self.launch and str(self.launch),
+            f"{self.reason} (measured: {str(self.measured).lower()})",
+        ]
+        return "; ".join(part for part in parts if part)
 
 
 @dataclass(frozen=True)
@@ -66,10 +83,18 @@ class Dispatch:
             site.bound = site.op.implementations[self.sites[path].implementation].call
 
     def explain(self) -> str:
-        """One line per (op, implementation, reason) with the number of sites that use it."""
+        """The records in use, then `table`."""
+        return f"{self.records()}\n{self.table()}"
+
+    def records(self) -> str:
+        """Which records of this machine's device the choices come from."""
+        return in_use(sorted({site.op for site in self.sites.values()}))
+
+    def table(self) -> str:
+        """One line per op, implementation, shape, launch configuration and reason, with the number of such sites."""
         counts = Counter(self.sites.values())
-        rows = sorted(counts.items(), key=lambda row: (row[0].op, row[0].implementation))
-        return "\n".join(f"{s.op:<18} {s.implementation:<16} {n:>4} sites  {s.reason}" for s, n in rows)
+        rows = sorted(counts.items(), key=lambda row: (row[0].op, row[0].implementation, row[0].shape))
+        return "\n".join(f"{s.op:<18} {s.implementation:<16} {n:>4} sites  {s}" for s, n in rows)
 
 
 def record(model: nn.Module, run: Callable[[], Any]) -> dict[str, Call]:
@@ -103,18 +128,41 @@ def resolve(
     reference. Raises UnsupportedCallError for an explicit choice that does not exist or does not fit.
     """
     validate(choice)
+    known: dict[tuple[Any, ...], Selected] = {}  # sites share shapes: a U-Net's hundreds of calls are some dozens
     sites = {}
     for path, site in _sites(model).items():
-        call = (calls or {}).get(path) or Call(device=device, tensors={}, options={})
-        if calls is None or path not in calls:
-            picked, reason = site.op.implementations["reference"], "no recorded call"
-            if device == "cpu" and choice == "auto":
-                reason = "CPU: the reference is the implementation"
-        else:
-            picked = choose(site.op, call, choice)
-            reason = "chosen by the user" if choice != "auto" else f"first that fits on {device}"
-        sites[path] = Selected(site.op.name, picked.name, reason)
+        call = (calls or {}).get(path)
+        if call is None:
+            automatic = device == "cpu" and choice == "auto"
+            reason = "CPU: the reference is the implementation" if automatic else "no recorded call"
+            sites[path] = Selected(site.op.name, "reference", reason)
+            continue
+        key = (site.op.name, call.requires_grad, *call.tensors.items(), *call.options.items())
+        if key not in known:
+            known[key] = _select(site.op, call, choice)
+        sites[path] = known[key]
     return Dispatch(sites)
+
+
+def _select(op: Op, call: Call, choice: Choice) -> Selected:
+    decision = decide(op, call, choice)
+    name, launch = decision.implementation.name, None
+    if name.startswith("triton"):
+        launch = launch_of(decision.implementation.call, call)
+    return Selected(op.name, name, decision.reason, _shape(call), launch, decision.measured)
+
+
+def _shape(call: Call) -> str:
+    """As in "x 2x640x64x64 channels-last bfloat16, pre_bias 2x640"; parameters follow from the rest."""
+    parts, before = [], None
+    for name, info in call.tensors.items():
+        if name not in ("weight", "bias"):
+            dtype = str(info.dtype).removeprefix("torch.")
+            layout = " channels-last" if info.channels_last else ""
+            extents = "x".join(map(str, info.shape))
+            parts.append(f"{name} {extents}{layout}" + (f" {dtype}" if dtype != before else ""))
+            before = dtype
+    return ", ".join(parts)
 
 
 def _sites(model: nn.Module) -> dict[str, Site]:

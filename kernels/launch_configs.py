@@ -12,15 +12,17 @@ import logging
 import math
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
 
 from . import device
-from .op import Call
+from .op import Call, TensorInfo
 
 log = logging.getLogger("stepfuse.kernels")
 ROOT = Path(__file__).parent
@@ -71,10 +73,27 @@ def distance(a: Shape, b: Shape) -> float:
     return math.sqrt(total)
 
 
-def nearest(entries: Sequence[Entry], shape: Shape, by: Callable[[Entry], Shape]) -> tuple[Entry, float] | None:
-    """The entry whose shape (`by`) is closest, and its distance (0: exact); None if there is none of the same kind."""
-    found = min(((distance(by(e), shape), i) for i, e in enumerate(entries)), default=(math.inf, 0))
-    return None if math.isinf(found[0]) else (entries[found[1]], found[0])
+@dataclass(frozen=True)
+class Match:
+    """The line of a record that decides, and the distance of its shape from the one asked for (0: exact)."""
+
+    entry: Entry
+    distance: float
+
+    def __str__(self) -> str:
+        """Its evidence: "exact shape, measured 12.3 us", "nearest shape (sdxl norm), not measured"."""
+        evidence = self.entry.evidence
+        place = "exact shape" if self.distance == 0 else f"nearest shape ({evidence.get('workload', 'unnamed')})"
+        if not self.entry.measured:
+            return f"{place}, not measured"
+        return f"{place}, measured" + (f" {1e6 * evidence['warm_s']:.1f} us" if "warm_s" in evidence else "")
+
+
+def nearest(entries: Sequence[Entry], shape: Shape, by: Callable[[Entry], Shape]) -> Match | None:
+    """The entry whose shape (`by`) is closest, an equal one first; None if there is none of the same kind."""
+    found = ((distance(by(e), shape), by(e) != shape, i) for i, e in enumerate(entries))
+    apart, _, index = min(found, default=(math.inf, True, 0))
+    return None if math.isinf(apart) else Match(entries[index], apart)
 
 
 def path(op: str, device_name: str, root: Path = ROOT) -> Path:
@@ -118,13 +137,34 @@ def command() -> str:
     return "python -m stepfuse.kernels.tune"
 
 
-def implementation(op: str, call: Call) -> str | None:
-    """The implementation that the record names for a call on this machine's device, or None."""
+def lookup(op: str, call: Call) -> Match | None:
+    """The line of this device's record that decides which implementation takes a call, or None."""
     name = device.name()
-    if name == "cpu":
-        return None
-    found = nearest(recorded(op, name), shape_of(call), lambda entry: entry.shape)
-    return found[0].implementation if found else None
+    return None if name == "cpu" else _lookup(op, name, tuple(shape_of(call).items()))
+
+
+@cache
+def _lookup(op: str, device_name: str, shape: tuple[Any, ...]) -> Match | None:
+    return nearest(recorded(op, device_name), dict(shape), lambda entry: entry.shape)
+
+
+def in_use(ops: Iterable[str]) -> str:
+    """Which records of this machine's device there are, and what to do where there are none."""
+    device_name = device.name()
+    if device_name == "cpu":
+        return "no CUDA device: no record is used"
+    files = {op: path(op, device_name) for op in ops}
+    there = {op: _short(file) for op, file in files.items() if file.exists()}
+    missing = ", ".join(op for op in files if op not in there)
+    if not there:
+        return f"no record for {device_name}: heuristics; run `{command()}`"
+    return f"record for {device_name}: {', '.join(there.values())}" + (
+        f"; none for {missing}: heuristics; run `{command()} --ops {missing.replace(',', '')}`" if missing else ""
+    )
+
+
+def _short(file: Path) -> str:
+    return str(file.relative_to(ROOT.parent) if file.is_relative_to(ROOT) else file)
 
 
 class _Thread(threading.local):
@@ -135,11 +175,19 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
+class Asked(NamedTuple):
+    """What a launch asks `launch_config`."""
+
+    op: str
+    heuristic: Callable[..., Any]
+    sizes: Shape
+
+
 class _Probed(BaseException):
     """Ends a launch that is only asked what it depends on."""
 
-    def __init__(self, heuristic: Callable[..., Any], sizes: Shape) -> None:
-        self.heuristic, self.sizes = heuristic, sizes
+    def __init__(self, asked: Asked) -> None:
+        self.asked = asked
 
 
 def launch_config(op: str, heuristic: Callable[..., Any], *sizes: int | bool, **named: int | bool) -> Any:
@@ -150,30 +198,57 @@ def launch_config(op: str, heuristic: Callable[..., Any], *sizes: int | bool, **
     bound.apply_defaults()
     wanted = {k: bool(v) if isinstance(v, bool) else int(v) for k, v in bound.arguments.items()}
     if _thread.probing:
-        raise _Probed(heuristic, wanted)
+        raise _Probed(Asked(op, heuristic, wanted))
     if op in _thread.forced:
         return _thread.forced[op]
-    name = device.name()
-    if name == "cpu":
-        return heuristic(**wanted)
-    return _launch_config(op, name, heuristic, tuple(wanted.items()))
+    return _decide(op, device.name(), heuristic, tuple(wanted.items())).config
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A launch configuration and where it comes from."""
+
+    config: Any
+    source: str
+
+    def __str__(self) -> str:
+        """As in "block_m 4, block_n 512, num_warps 8, num_stages 1 (heuristic)"."""
+        return f"{in_words(asdict(self.config))} ({self.source})"
+
+
+def launch_of(run: Callable[..., Any], call: Call) -> Launch | None:
+    """The configuration with which an implementation (`run`) would launch a call; None if it has none to choose."""
+    arguments = dict(call.options) | {name: _without_memory(info) for name, info in call.tensors.items()}
+    asked = probe(partial(run, **arguments))
+    return None if asked is None else _decide(asked.op, device.name(), asked.heuristic, tuple(asked.sizes.items()))
+
+
+def _without_memory(info: TensorInfo) -> torch.Tensor:
+    layout = torch.channels_last if info.channels_last else torch.contiguous_format
+    return torch.empty(info.shape, dtype=info.dtype, device="meta", memory_format=layout)
 
 
 @cache
-def _launch_config(op: str, device_name: str, heuristic: Callable[..., Any], sizes: tuple[Any, ...]) -> Any:
+def _decide(op: str, device_name: str, heuristic: Callable[..., Any], sizes: tuple[Any, ...]) -> Launch:
     wanted = dict(sizes)
-    entries = [entry for entry in recorded(op, device_name) if entry.config is not None]
+    entries = [e for e in recorded(op, device_name) if e.config is not None] if device_name != "cpu" else []
     if found := nearest(entries, wanted, lambda entry: entry.sizes):
-        config = from_json(found[0].config or {}, heuristic)
-        if found[1] == 0 or config in search_space(heuristic, wanted):
-            return config
-    return heuristic(**wanted)
+        config = from_json(found.entry.config or {}, heuristic)
+        if found.distance == 0 or config in search_space(heuristic, wanted):
+            return Launch(config, f"record, {found}")
+    return Launch(heuristic(**wanted), "heuristic")
 
 
 def search_space(heuristic: Callable[..., Any], sizes: Shape) -> list[Any]:
     """The configurations an op offers for these sizes."""
     space = sys.modules[heuristic.__module__].search_space
     return space(**{name: sizes[name] for name in inspect.signature(space).parameters if name in sizes})
+
+
+def in_words(config: Mapping[str, Any]) -> str:
+    """The fields of a configuration, flat: "block_m 4, block_n 512, num_warps 8, num_stages 1"."""
+    fields = {**config, **config.get("options", {})}
+    return ", ".join(f"{k} {v}" for k, v in fields.items() if k not in ("type", "options") and v is not True)
 
 
 def to_json(config: Any) -> dict[str, Any]:
@@ -200,14 +275,13 @@ def forced(configs: Mapping[str, Any]) -> Iterator[None]:
         _thread.forced = before
 
 
-def probe(launch: Callable[[], Any]) -> tuple[Callable[..., Any], Shape] | None:
-    """Heuristic and sizes of the first `launch_config` that `launch()` comes to, before anything is launched; None if
-    it ends without one."""
+def probe(launch: Callable[[], Any]) -> Asked | None:
+    """What `launch()` first asks `launch_config`, before anything is launched; None if it ends without a question."""
     _thread.probing = True
     try:
         launch()
     except _Probed as probed:
-        return probed.heuristic, probed.sizes
+        return probed.asked
     finally:
         _thread.probing = False
     return None

@@ -3,6 +3,7 @@
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from . import launch_configs
 from .op import REGISTRY, Call, Implementation, Op, UnsupportedCallError
@@ -50,8 +51,22 @@ def validate(choice: Choice) -> None:
         raise UnsupportedCallError(f"kernels: no implementation {choice!r}; valid: auto, {', '.join(valid)}")
 
 
+@dataclass(frozen=True)
+class Decision:
+    """An implementation for a call, why it was taken, and whether that rests on a timing on this device."""
+
+    implementation: Implementation
+    reason: str
+    measured: bool = False
+
+
 def choose(op: Op, call: Call, choice: Choice | None = None) -> Implementation:
-    """The implementation of `op` for `call` under `choice` (default: the thread's policy).
+    """The implementation that `decide` decides for."""
+    return decide(op, call, choice).implementation
+
+
+def decide(op: Op, call: Call, choice: Choice | None = None) -> Decision:
+    """The implementation of `op` for `call` under `choice` (default: the thread's policy), and why.
 
     `auto` on CPU tensors is always the reference. A single name for all ops falls back to the reference for the ops
     that have no implementation of that name; an op named explicitly never falls back.
@@ -62,18 +77,29 @@ def choose(op: Op, call: Call, choice: Choice | None = None) -> Implementation:
     if name == "auto":
         return automatic(op, call)
     if not explicit and name not in op.implementations:
-        return op.implementations["reference"]
-    return op.pick(name, call)
+        return Decision(op.implementations["reference"], f"the op has no implementation {name!r}")
+    return Decision(op.pick(name, call), "chosen by the user")
 
 
-def automatic(op: Op, call: Call) -> Implementation:
+def automatic(op: Op, call: Call) -> Decision:
     """The implementation that was fastest on this device (launch_configs.py) if it fits, else the first that fits in
     order of registration, with the reference last; always the reference on CPU and for gradients."""
-    if call.device != "cpu" and not call.requires_grad:
-        measured = op.implementations.get(launch_configs.implementation(op.name, call) or "")
-        if measured is not None and measured.unsupported(call) is None:
-            return measured
-        for name, implementation in op.implementations.items():
-            if name != "reference" and implementation.unsupported(call) is None:
-                return implementation
-    return op.implementations["reference"]
+    reference = op.implementations["reference"]
+    if call.device == "cpu":
+        return Decision(reference, "CPU: the reference is the implementation")
+    if call.requires_grad:
+        return Decision(reference, "an input requires a gradient, which only the reference has")
+    found = launch_configs.lookup(op.name, call)
+    why = "not in the record"
+    if found is not None:
+        named = found.entry.implementation
+        if named not in op.implementations:
+            why = f"the record's {named} does not exist"
+        elif reason := op.implementations[named].unsupported(call):
+            why = f"the record's {named} cannot run this call: {reason}"
+        else:
+            return Decision(op.implementations[named], f"record, {found}", found.entry.measured)
+    for name, implementation in op.implementations.items():
+        if name != "reference" and implementation.unsupported(call) is None:
+            return Decision(implementation, f"{why}: first that fits")
+    return Decision(reference, f"{why}: nothing else fits")

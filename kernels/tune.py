@@ -1,12 +1,12 @@
 """Measure implementations and launch configurations on this machine and write the record that dispatch reads.
 
-    python -m stepfuse.kernels.tune [--ops geglu layer_norm] [--out DIR] [--dry-run]
+    python -m stepfuse.kernels.tune [--ops geglu layer_norm] [--models sdxl sdxl-vae] [--out DIR] [--dry-run]
 
-Every call of workloads.py is timed as a CUDA graph of many launches, warm (its input was just written) and cold
-(buffers rotate through three times the L2 cache); what fits in the cache is decided warm, because that is how a model
-sees it. The heuristic's configuration is timed twice: only what beats it by twice the difference of the two replaces
-it. A variant that is less accurate than twice the reference's own error in the dtype is not timed. `--dry-run` lists
-what would be timed, without a GPU.
+Every call of workloads.json (or of --workloads FILE, see workloads.py) is timed as a CUDA graph of many launches, warm
+(its input was just written) and cold (buffers rotate through three times the L2 cache); what fits in the cache is
+decided warm, because that is how a model sees it. The heuristic's configuration is timed twice: only what beats it by
+twice the difference of the two replaces it. A variant that is less accurate than twice the reference's own error in the
+dtype is not timed. `--dry-run` lists what would be timed, without a GPU.
 """
 
 from __future__ import annotations
@@ -24,10 +24,11 @@ import torch
 
 from . import __all__ as OPS
 from . import device, launch_configs
+from . import workloads as calls
 from .launch_configs import Entry, Shape
 from .op import REGISTRY, Call, Op
 from .timing import Timing, buffers_for_cold, time_calls
-from .workloads import WORKLOADS, Workload, tensors
+from .workloads import Workload
 
 
 @dataclass(frozen=True)
@@ -61,31 +62,47 @@ def main(arguments: list[str] | None = None) -> int:
     """Tune, or list what would be; 2 for an unknown op, or without a CUDA device."""
     parser = argparse.ArgumentParser(prog="tune", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--ops", nargs="*", default=list(OPS), help="ops to tune (default: all)")
+    parser.add_argument("--models", nargs="*", help="only calls of these models (default: all in the file)")
+    parser.add_argument(
+        "--workloads", type=Path, default=calls.FILE, help="the calls to time (default: workloads.json)"
+    )
     parser.add_argument("--out", type=Path, default=launch_configs.ROOT, help="folder for OP/configs/DEVICE.json")
-    parser.add_argument("--budget", type=float, default=1.0, help="seconds per call and cache state (default 1)")
+    parser.add_argument("--budget", type=float, default=0.5, help="seconds per call and cache state (default 0.5)")
     parser.add_argument("--dry-run", action="store_true", help="list the variants, time nothing")
     options = parser.parse_args(arguments)
-    if unknown := sorted(set(options.ops) - set(OPS)):
-        parser.error(f"no op {', '.join(unknown)}; valid: {', '.join(OPS)}")
+    try:
+        chosen = select(options.workloads, options.ops, options.models)
+    except ValueError as error:
+        parser.error(str(error))
     if not options.dry_run and not torch.cuda.is_available():
         parser.error("tuning needs a CUDA device, and there is none; --dry-run lists what it would time")
-    for op in map(_op, options.ops):
-        entries = []
-        for workload in WORKLOADS.get(op.name, ()):
+    for name, workloads in chosen.items():
+        op, entries = _op(name), []
+        for workload in workloads:
             found = variants(op, workload)
-            _say(f"{op.name}: {workload.case.name}: {_summary(found)}")
+            _say(f"{op.name}: {workload.name}: {_summary(found)}")
             if not options.dry_run:
                 choice = fastest(op, workload, found, options.budget)
                 entries.append(entry(op, workload, choice))
                 v, us = choice.variant, 1e6 * choice.warm.median_s
                 _say(f"    {v.implementation} {v.config or ''} {us:.2f} us warm, {1e6 * choice.cold.median_s:.2f} cold")
-        if not WORKLOADS.get(op.name):
-            _say(f"{op.name}: no workloads")
         if entries:
             file = launch_configs.path(op.name, device.name(), options.out)
             launch_configs.write(file, op.name, device.name(), entries)
             _say(f"wrote {file}")
     return 0
+
+
+def select(file: Path, ops: Sequence[str], models: Sequence[str] | None) -> dict[str, list[Workload]]:
+    """The workloads of a file, by op, for some ops and models (None: all). Raises ValueError for unknown names."""
+    if unknown := sorted(set(ops) - set(OPS)):
+        raise ValueError(f"no op {', '.join(unknown)}; valid: {', '.join(OPS)}")
+    found = calls.read(file)
+    known = sorted({model for workloads in found.values() for w in workloads for model in w.calls})
+    if unknown := sorted(set(models or ()) - set(known)):
+        raise ValueError(f"no calls of model {', '.join(unknown)} in {file}; there are: {', '.join(known)}")
+    wanted = set(known if models is None else models)
+    return {op: [w for w in found.get(op, ()) if wanted & set(w.calls)] for op in ops}
 
 
 def _op(name: str) -> Op:
@@ -106,12 +123,12 @@ def _summary(found: Sequence[Variant]) -> str:
 
 def describe(op: Op, workload: Workload) -> Call:
     """The signature of a workload's call on a CUDA device, from tensors without memory."""
-    return replace(op.describe(**tensors(workload, torch.device("meta"))), device="cuda")
+    return replace(op.describe(**workload.tensors(torch.device("meta"))), device="cuda")
 
 
 def variants(op: Op, workload: Workload) -> list[Variant]:
     """Every implementation that fits, with every configuration of its search space, the heuristic's first."""
-    call, arguments = describe(op, workload), tensors(workload, torch.device("meta"))
+    call, arguments = describe(op, workload), workload.tensors(torch.device("meta"))
     found = []
     for name, implementation in op.implementations.items():
         if implementation.unsupported(call):
@@ -120,7 +137,7 @@ def variants(op: Op, workload: Workload) -> list[Variant]:
         if asked is None:
             found.append(Variant(name, is_heuristic=True))
             continue
-        heuristic, sizes = asked
+        _, heuristic, sizes = asked
         first = heuristic(**sizes)
         space = [first, *(c for c in launch_configs.search_space(heuristic, sizes) if c != first)]
         found += [Variant(name, config, sizes, config == first) for config in space]
@@ -130,10 +147,10 @@ def variants(op: Op, workload: Workload) -> list[Variant]:
 def fastest(op: Op, workload: Workload, found: Sequence[Variant], budget: float = 1.0) -> Choice:
     """Time the variants that agree with the reference, and choose."""
     where = torch.device("cuda")
-    arguments = tensors(workload, where)
+    arguments = workload.tensors(where)
     accurate = [variant for variant in found if agrees(op, variant, arguments)]
     nbytes = sum(t.nbytes for t in arguments.values() if isinstance(t, torch.Tensor))
-    sets = [arguments, *(tensors(workload, where) for _ in range(buffers_for_cold(nbytes, where) - 1))]
+    sets = [arguments, *(workload.tensors(where) for _ in range(buffers_for_cold(nbytes, where) - 1))]
 
     def timed(buffers: Sequence[Mapping[str, Any]]) -> dict[str, Timing]:
         calls: dict[str, list[Callable[[], object]]] = {
@@ -208,7 +225,7 @@ def entry(op: Op, workload: Workload, choice: Choice) -> Entry:
         config=None if variant.config is None else launch_configs.to_json(variant.config),
         measured=True,
         evidence={
-            "workload": workload.case.name,
+            "workload": workload.name,
             "warm_s": choice.warm.median_s,
             "cold_s": choice.cold.median_s,
             "rounds": choice.warm.rounds,

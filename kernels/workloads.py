@@ -1,129 +1,154 @@
-"""The calls that real models make, which tuning and benchmarks time: SD 1.5 at 512, SDXL at 1024, with guidance."""
+"""The calls that tuning times: those of real networks, as data.
+
+`workloads.json` holds every distinct op call of one guided update of SD 1.5 (512 x 512), SD 2 (768 x 768) and SDXL
+(1024 x 1024) and of the decoding after it; a test compares it with the graphs, so it cannot fall behind them. `record`
+and `write` make such a file for any other network:
+
+    write(Path("mine.json"), record(network, lambda: network(x), "mine"))
+    python -m stepfuse.kernels.tune --workloads mine.json
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
-from .op import Case, Spec
-from .sampler_step.columns import HISTORY, Column
+from .dispatch import Site
+from .op import REGISTRY, Op, Spec
 
-ROWS = 2  # one image, two guidance branches
+FILE = Path(__file__).parent / "workloads.json"
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """A tensor argument: shape, strides in elements, dtype."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+    @staticmethod
+    def of(x: torch.Tensor) -> Tensor:
+        """What is described, without its values."""
+        return Tensor(tuple(x.shape), x.stride(), x.dtype)
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A call of a model: a case whose tensors are in the model's dtype unless a Spec says otherwise."""
+    """One op call. arguments: name -> `Tensor` or a constant; calls: model -> how often one evaluation makes it."""
 
-    case: Case
-    channels_last: frozenset[str] = field(default_factory=frozenset)
+    op: str
+    arguments: Mapping[str, Any]
+    calls: Mapping[str, int]
+
+    @property
+    def name(self) -> str:
+        """Unique within its op: "sdxl: x[2,640,64,64] pre_bias[2,640] silu=False"; parameters follow from the rest."""
+        defaults = _op(self.op).signature.parameters
+        parts = []
+        for name, value in self.arguments.items():
+            if isinstance(value, Tensor):
+                if name not in ("weight", "bias"):
+                    parts.append(f"{name}[{','.join(map(str, value.shape))}]")
+            elif value != defaults[name].default and name not in ("eps", "groups"):
+                parts.append(f"{name}={value}")
+        return f"{' '.join(self.calls)}: {' '.join(parts)}"
+
+    def tensors(self, device: torch.device) -> dict[str, Any]:
+        """The arguments on a device: unit normals, or what the op's contract cases call valid."""
+        return {k: _make(self.op, k, v, device) if isinstance(v, Tensor) else v for k, v in self.arguments.items()}
 
 
-def _tokens(name: str, lengths: Mapping[str, tuple[int, int]], factor: int = 1, **extra: Any) -> tuple[Workload, ...]:
-    return tuple(
-        Workload(Case(f"{label} {name}", {"x": (ROWS, length, factor * width), **_affine(width, extra)}))
-        for label, (length, width) in lengths.items()
+def record(network: nn.Module, run: Callable[[], Any], model: str) -> list[Workload]:
+    """Every distinct op call that `run()` makes at the sites of `network`, as a fused implementation would get it."""
+    made: list[Workload] = []
+    sites = [module for module in network.modules() if isinstance(module, Site)]
+
+    def note(site: nn.Module, args: Any, kwargs: Any) -> None:
+        assert isinstance(site, Site)
+        bound = site.op.signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        values = {k: Tensor.of(v) if isinstance(v, torch.Tensor) else v for k, v in bound.arguments.items()}
+        made.append(Workload(site.op.name, values, {model: 1}))
+
+    handles = [site.register_forward_pre_hook(note, with_kwargs=True) for site in sites]
+    for site in sites:
+        site.recording = True
+    try:
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+        for site in sites:
+            site.recording = False
+    return merged(made)
+
+
+def merged(workloads: Iterable[Workload]) -> list[Workload]:
+    """One workload for all of equal op and arguments, whose calls are their sum."""
+    calls: dict[tuple[Any, ...], dict[str, int]] = {}
+    for workload in workloads:
+        counts = calls.setdefault((workload.op, *workload.arguments.items()), {})
+        for model, count in workload.calls.items():
+            counts[model] = counts.get(model, 0) + count
+    return [Workload(op, dict(arguments), counts) for (op, *arguments), counts in calls.items()]
+
+
+def read(file: Path = FILE) -> dict[str, list[Workload]]:
+    """Workloads by op. Raises ValueError for a file that has none."""
+    try:
+        lines = json.loads(file.read_text())
+        found = [
+            Workload(line["op"], {k: _read(v) for k, v in line["arguments"].items()}, line["calls"]) for line in lines
+        ]
+    except (OSError, TypeError, KeyError, AttributeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{file} has no workloads ({error!r}); make it with kernels/workloads.py: write") from error
+    by_op: dict[str, list[Workload]] = {}
+    for workload in found:
+        by_op.setdefault(workload.op, []).append(workload)
+    return by_op
+
+
+def write(file: Path, workloads: Iterable[Workload]) -> None:
+    """Write a file of workloads, one a line."""
+    lines = (
+        {"op": w.op, "calls": dict(w.calls), "arguments": {k: _plain(v) for k, v in w.arguments.items()}}
+        for w in workloads
     )
+    file.write_text("[\n" + ",\n".join(json.dumps(line) for line in lines) + "\n]\n")
 
 
-def _affine(width: int, extra: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: (width,) if key in ("weight", "bias") else value for key, value in extra.items()}
+def _plain(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    dtype = str(value.dtype).removeprefix("torch.")
+    return {"shape": value.shape, "stride": value.stride, "dtype": dtype}
 
 
-TOKENS = {"sd15 64": (4096, 320), "sd15 32": (1024, 640), "sd15 16": (256, 1280)}
-TOKENS |= {"sdxl 64": (4096, 640), "sdxl 32": (1024, 1280)}
-HIDDEN = {label: (length, 4 * width) for label, (length, width) in TOKENS.items()}
-IMAGES = {
-    "sd15 64": (ROWS, 320, 64),
-    "sd15 32": (ROWS, 640, 32),
-    "sd15 8": (ROWS, 1280, 8),
-    "sdxl 128": (ROWS, 320, 128),
-    "sdxl 64": (ROWS, 640, 64),
-    "sdxl 32": (ROWS, 1280, 32),
-    "vae 256": (1, 512, 256),
-    "vae 1024": (1, 128, 1024),
-}
-ATTENTIONS = {
-    "sd15 self 64": (4096, 4096, 8, 40),
-    "sd15 cross 64": (4096, 77, 8, 40),
-    "sd15 self 32": (1024, 1024, 8, 80),
-    "sd15 self 16": (256, 256, 8, 160),
-    "sdxl self 64": (4096, 4096, 10, 64),
-    "sdxl cross 64": (4096, 77, 10, 64),
-    "sdxl self 32": (1024, 1024, 20, 64),
-    "sdxl cross 32": (1024, 77, 20, 64),
-}
-LATENTS = {"sd15": (1, 4, 64, 64), "sdxl": (1, 4, 128, 128), "sdxl, 8 rows": (8, 4, 128, 128)}
+def _read(value: Any) -> Any:
+    if not isinstance(value, dict):
+        return value
+    return Tensor(tuple(value["shape"]), tuple(value["stride"]), getattr(torch, value["dtype"]))
 
 
-def _image(channels: int, size: int, rows: int) -> tuple[int, int, int, int]:
-    return rows, channels, size, size
+def _make(op: str, name: str, want: Tensor, device: torch.device) -> torch.Tensor:
+    extent = 1 + sum((n - 1) * step for n, step in zip(want.shape, want.stride, strict=True))
+    given = (case.arguments.get(name) for case in _op(op).cases)
+    spec = next((spec for spec in given if isinstance(spec, Spec) and spec.dtype is not None), None)
+    if spec is None:
+        flat = torch.randn(extent, dtype=want.dtype, device=device)
+    else:
+        flat = torch.randint(spec.low, spec.high, (extent,), dtype=want.dtype, device=device)
+    return flat.as_strided(want.shape, want.stride)
 
 
-def _step(rows: int, *latent: int, draws: int) -> Workload:
-    # whole numbers 0 or 1 as coefficients: half of the terms are read, as in a real table
-    state, line = Spec((rows, *latent), torch.float32), len(Column)
-    arguments = {
-        "x": state,
-        "base": state,
-        "history": Spec((rows, HISTORY, *latent), torch.float32),
-        "model_output": (rows, 2, *latent),
-        "table": Spec((rows, 30, line), torch.float32),
-        "update": Spec((rows,), torch.int64, 0, 30),
-        "weights": Spec((rows, 2), torch.float32),
-        "seeds": Spec((rows,), torch.int64, 0, 2**62),
-        "draws": draws,
-    }
-    return Workload(Case(f"{rows} x {latent[-1]}, draws {draws}", arguments))
-
-
-WORKLOADS: dict[str, tuple[Workload, ...]] = {
-    "attention": tuple(
-        Workload(Case(label, {"q": (ROWS, lq, heads, dim), "k": (ROWS, lk, heads, dim), "v": (ROWS, lk, heads, dim)}))
-        for label, (lq, lk, heads, dim) in ATTENTIONS.items()
-    ),
-    "geglu": _tokens("feed-forward", HIDDEN, factor=2),
-    "layer_norm": _tokens("norm", TOKENS, weight=(), bias=(), eps=1e-5),
-    "add_layer_norm": tuple(
-        Workload(Case(w.case.name, {"residual": w.case.arguments["x"], **w.case.arguments}))
-        for w in _tokens("norm", TOKENS, weight=(), bias=(), eps=1e-5)
-    ),
-    "group_norm_silu": tuple(
-        Workload(
-            Case(label, {"x": _image(c, size, rows), "weight": (c,), "bias": (c,), "groups": 32, "eps": 1e-5}),
-            frozenset({"x"}),
-        )
-        for label, (rows, c, size) in IMAGES.items()
-    ),
-    "bias_residual_add": tuple(
-        Workload(
-            Case(label, {"x": _image(c, size, rows), "bias": (c,), "residual": _image(c, size, rows)}),
-            frozenset({"x", "residual"}),
-        )
-        for label, (rows, c, size) in IMAGES.items()
-    ),
-    "sampler_step": tuple(_step(*latent, draws=draws) for latent in LATENTS.values() for draws in (0, 1)),
-    "guidance_stats": tuple(
-        Workload(Case(label, {"model_output": (rows, 2, *latent)})) for label, (rows, *latent) in LATENTS.items()
-    ),
-}
-
-
-def tensors(workload: Workload, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> dict[str, Any]:
-    """The arguments of a workload on a device: unit normals; Specs are whole numbers of their range and dtype."""
-    made: dict[str, Any] = {}
-    for name, value in workload.case.arguments.items():
-        spec = Spec(value) if isinstance(value, tuple) else value
-        if not isinstance(spec, Spec):
-            made[name] = spec
-            continue
-        if spec.dtype is None:
-            made[name] = torch.randn(spec.shape, device=device, dtype=dtype)
-        else:
-            made[name] = torch.randint(spec.low, spec.high, spec.shape, device=device, dtype=spec.dtype)
-        if name in workload.channels_last:
-            made[name] = made[name].contiguous(memory_format=torch.channels_last)
-    return made
+def _op(name: str) -> Op:
+    import_module(f".{name}.op", __package__)  # registers it
+    return REGISTRY[name]

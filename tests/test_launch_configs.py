@@ -2,29 +2,33 @@
 
 from __future__ import annotations
 
+import ast
 import logging
 import math
+import re
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from stepfuse import kernels
-from stepfuse.kernels import device, geglu, launch_configs, tune
+from stepfuse.kernels import device, geglu, launch_configs, tune, workloads
 from stepfuse.kernels.geglu.config import Config, heuristic
 from stepfuse.kernels.launch import Options
 from stepfuse.kernels.launch_configs import Entry, distance, launch_config, shape_of
-from stepfuse.kernels.op import REGISTRY, Call
+from stepfuse.kernels.op import REGISTRY, Call, Implementation, Op
 from stepfuse.kernels.policy import choose
 from stepfuse.kernels.timing import summarize
 from stepfuse.kernels.tune import Variant
-from stepfuse.kernels.workloads import WORKLOADS, Workload, tensors
+from stepfuse.kernels.workloads import Workload
 
 for _name in kernels.__all__:
     getattr(kernels, _name)
 META = torch.device("meta")
+WORKLOADS = workloads.read()
 
 
 def on_gpu(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Call:
@@ -39,7 +43,7 @@ def line(call: Call, implementation: str, config: Config | None, rows: int, colu
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
     """A machine with a GPU of a name that has no record yet; where its records are read from."""
-    caches = (launch_configs.recorded, launch_configs._launch_config, launch_configs._warn)
+    caches = (launch_configs.recorded, launch_configs._lookup, launch_configs._decide, launch_configs._warn)
     monkeypatch.setattr(device, "name", lambda: "Some_GPU")
     monkeypatch.setattr(launch_configs, "path", lambda op, name: tmp_path / f"{op}-{name}.json")
     for function in caches:
@@ -77,6 +81,7 @@ def test_a_recorded_implementation_that_does_not_fit_or_exist_is_passed_over(gpu
     try:
         for name in ("picky", "gone"):
             launch_configs.recorded.cache_clear()
+            launch_configs._lookup.cache_clear()
             launch_configs.write(gpu / "geglu-Some_GPU.json", "geglu", "Some_GPU", [line(call, name, None, 1, 1)])
             assert choose(geglu, call, "auto").name == "triton"
     finally:
@@ -103,6 +108,58 @@ def test_without_a_record_one_warning_names_the_command(gpu: Path, caplog: pytes
     assert [record.getMessage() for record in caplog.records] == [
         "kernels were not measured on Some_GPU, heuristics choose: run `python -m stepfuse.kernels.tune`"
     ]
+
+
+class Taken(Exception):
+    """A launcher reads the configuration it was given."""
+
+
+class Marked:
+    def __getattr__(self, field: str) -> None:
+        raise Taken(field)
+
+
+LAUNCHES = [
+    pytest.param(op, made, workload, id=f"{name}-{made.name}-{workload.name}")
+    for name, op in REGISTRY.items()
+    for made in op.implementations.values()
+    for workload in WORKLOADS[name]
+    if made.name.startswith("triton") and made.unsupported(tune.describe(op, workload)) is None
+]
+
+
+@pytest.mark.parametrize(("op", "made", "workload"), LAUNCHES)
+def test_a_triton_launch_asks_for_its_configuration_and_takes_it(
+    op: Op, made: Implementation, workload: Workload
+) -> None:
+    launch = partial(made.call, **workload.tensors(META))
+    asked = launch_configs.probe(launch)
+    assert asked is not None, "the launcher does not call launch_config"
+    assert asked.op == op.name
+    assert asked.heuristic(**asked.sizes) == launch_configs.launch_of(made.call, tune.describe(op, workload)).config
+    with launch_configs.forced({op.name: Marked()}), pytest.raises(Taken):
+        launch()
+
+
+def test_every_op_with_kernels_has_such_a_launch() -> None:
+    with_kernels = {file.parent.name for file in launch_configs.ROOT.glob("*/kernel.py")}
+    assert with_kernels == {param.values[0].name for param in LAUNCHES} == set(kernels.__all__)
+
+
+def test_launchers_leave_heuristics_to_the_record() -> None:
+    """Only a configuration's own file and the list of what to compile call `heuristic`."""
+    found = []
+    for file in launch_configs.ROOT.rglob("*.py"):
+        for function in ast.walk(ast.parse(file.read_text())):
+            if isinstance(function, ast.FunctionDef) and not re.search(
+                "compilations?$|search_space|_decide", function.name
+            ):
+                found += [f"{file.name}: {function.name}" for node in ast.walk(function) if _calls_heuristic(node)]
+    assert found == ["tune.py: variants"]
+
+
+def _calls_heuristic(node: ast.AST) -> bool:
+    return isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "heuristic"
 
 
 def test_a_forced_configuration_is_taken_by_its_op_only() -> None:
@@ -136,21 +193,21 @@ def test_committed_records_name_what_there_is() -> None:
 
 def test_every_op_has_workloads_that_its_reference_takes() -> None:
     assert set(WORKLOADS) == set(kernels.__all__)
-    for name, workloads in WORKLOADS.items():
+    for name, of_op in WORKLOADS.items():
         op = REGISTRY[name]
-        for workload in workloads:
-            op.reference(**tensors(workload, META))
+        for workload in of_op:
+            op.reference(**workload.tensors(META))
             call = tune.describe(op, workload)
             fused = [made for made in op.implementations.values() if made.name != "reference"]
-            assert not fused or any(made.unsupported(call) is None for made in fused), workload
+            assert any(made.unsupported(call) is None for made in fused), workload
 
 
 def workload(op: str, name: str) -> Workload:
-    return next(w for w in WORKLOADS[op] if w.case.name == name)
+    return next(w for w in WORKLOADS[op] if w.name == name)
 
 
 def test_variants_are_the_search_space_of_the_launch_that_would_be_made() -> None:
-    found = tune.variants(geglu, workload("geglu", "sdxl 32 feed-forward"))
+    found = tune.variants(geglu, workload("geglu", "sdxl: x[2,1024,10240]"))
     assert [v.implementation for v in found[:2]] == ["reference", "triton"]
     configs = [v.config for v in found[1:]]
     assert found[1].sizes == {"rows": 2048, "columns": 5120}
@@ -193,7 +250,9 @@ def test_dry_run_lists_and_writes_nothing(capsys: pytest.CaptureFixture[str], tm
     assert tune.main(["--ops", "geglu", "guidance_stats", "--dry-run", "--out", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(WORKLOADS["geglu"]) + len(WORKLOADS["guidance_stats"])
-    assert "geglu: sd15 64 feed-forward: reference, triton (22 configurations)" in lines
+    assert "geglu: sd15: x[2,4096,2560]: reference, triton (22 configurations)" in lines
+    assert tune.main(["--ops", "geglu", "--models", "sdxl", "sdxl-vae", "--dry-run", "--out", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.count("geglu: sdxl: x[2,") == 2
     assert list(tmp_path.iterdir()) == []
 
 
@@ -201,6 +260,9 @@ def test_unknown_ops_and_a_missing_gpu_are_refused(capsys: pytest.CaptureFixture
     with pytest.raises(SystemExit):
         tune.main(["--ops", "conv"])
     assert "no op conv; valid: add_layer_norm" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        tune.main(["--models", "sd9", "--dry-run"])
+    assert "no calls of model sd9" in capsys.readouterr().err
     if not torch.cuda.is_available():
         with pytest.raises(SystemExit):
             tune.main(["--ops", "geglu"])

@@ -17,6 +17,7 @@ import triton.language as tl
 
 from ..device import sm
 from ..launch import Compilation, launcher, needs_cuda, triton_op
+from ..launch_configs import launch_config
 from ..op import Call
 from .config import CDNA, MAX_HEAD_DIM, Config, heuristic, parts
 
@@ -219,7 +220,9 @@ def attention(
     scale: float | None = None,
 ) -> torch.Tensor:
     """Launch with the configuration of the shape; arguments as the reference, scale > 0."""
-    config = heuristic(q.shape[3], q.shape[1], q.shape[0] * q.shape[2], 8 * q.element_size(), sm(), bias is not None)
+    sizes = {"head_dim": q.shape[3], "queries": q.shape[1], "heads": q.shape[0] * q.shape[2]}
+    target = {"bits": 8 * q.element_size(), "sm": sm(), "biased": bias is not None}
+    config: Config = launch_config("attention", heuristic, **sizes, **target)
     return run(q, k, v, kv_len, bias, scale, config)
 
 
