@@ -12,8 +12,9 @@ from reference.random_weights import normal
 from torch import Tensor, nn
 
 from stepfuse.engine.errors import CheckpointError, RequestError
+from stepfuse.engine.models import convolution, projections
 from stepfuse.engine.models.layers import LayerNorm, channels_last, to_image, to_tokens
-from stepfuse.engine.models.unet import Conditioning, Prepared, UNet
+from stepfuse.engine.models.unet import Conditioning, Prepared, Trunk, UNet
 from stepfuse.engine.models.unet_blocks import ResBlock, UpBlock
 from stepfuse.engine.models.unet_config import UNetConfig
 from stepfuse.kernels.dispatch import Site
@@ -116,6 +117,80 @@ def test_kv_len_hides_the_rest_of_the_prompt(reference_network: Any) -> None:
     got = unet(latents, unet.prepare(Conditioning(hidden=hidden, kv_len=kv_len), t), update)
     cut = unet(latents[1:], unet.prepare(Conditioning(hidden=hidden[1:, :5]), t[1:]), update[1:])
     assert error(got[1:], cut) <= 1e-13
+
+
+@pytest.mark.parametrize("name", ["unet/sdxl", "unet/adm", "unet/prompt_projection", "controlnet/sdxl"])
+@torch.inference_mode()
+def test_prepare_is_one_gemm_per_input_on_weights_stored_once(
+    name: str, reference_network: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trunk = ours(reference_network(name)[1])
+    assert isinstance(trunk, Trunk)
+    assert list(trunk.state_dict()) == [key for key, _ in trunk.named_parameters()]
+    storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in trunk.parameters()}
+    assert sum(storages.values()) == sum(p.numel() * p.element_size() for p in trunk.parameters())
+    widths: list[int] = []
+
+    def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        widths.append(len(weight))
+        return x @ weight.mT if bias is None else x @ weight.mT + bias
+
+    monkeypatch.setattr(projections.F, "linear", linear)
+    cond, times = conditioning(trunk.config, 2), torch.tensor([[900.0, 500.0], [30.0, 1.0]], dtype=torch.float64)
+    whole = trunk.prepare(cond, times)
+    tables = [table.shape[-1] for table in (whole.time, whole.kv) if table is not None]
+    assert [width for width in widths if width in tables] == tables
+    for parameter in trunk.parameters():  # as `.to` leaves them: each in a storage of its own
+        parameter.data = parameter.data.clone()
+    widths.clear()
+    apart = trunk.prepare(cond, times)
+    assert not set(widths) & set(tables)
+    assert error(apart.time, whole.time) <= 1e-13
+    assert whole.kv is None or error(apart.kv, whole.kv) <= 1e-13  # type: ignore[arg-type]
+
+
+def test_only_matrices_that_lie_in_order_are_one() -> None:
+    whole = normal("weights", 6, 4)
+    a, b, c = whole.split((1, 2, 3))
+    found = projections.stacked([a, b, c])
+    assert found is not None
+    assert torch.equal(found, whole)
+    assert found.data_ptr() == whole.data_ptr()
+    wrong = [[b, a, c], [a, c], [a, b, whole.clone()[3:]], [a, b.float(), c], [whole[:, :2], whole[:, 2:]]]
+    wrong.append([a, b, whole.as_strided((3, 4), (1, 3), 12)])  # columns first
+    x = normal("x", 3, 4)
+    for weights in wrong:
+        assert projections.stacked(weights) is None
+    assert error(projections.project(x, wrong[0]), x @ torch.cat(wrong[0]).mT) <= 1e-13
+
+
+@pytest.mark.parametrize("size", [(3, 5), (4, 4)])
+@pytest.mark.parametrize(("kernel", "stride", "padding"), [(3, 1, 1), (3, 2, 1), (3, 2, 0), (1, 1, 0), (5, 1, 2)])
+@torch.inference_mode()
+def test_convolution_of_few_sites_as_a_gemm(kernel: int, stride: int, padding: int, size: tuple[int, int]) -> None:
+    conv = nn.Conv2d(6, 8, kernel, stride, padding).double()
+    conv.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    x = channels_last(normal("x", 2, 6, *size))
+    for bias in (True, False):
+        got = convolution.multiply_patches(conv, x, bias)
+        assert got.is_contiguous(memory_format=torch.channels_last)
+        assert error(got, convolution.convolve(conv, x, bias)) <= 1e-13
+
+
+@pytest.mark.parametrize("name", ["sd15", "adm"])
+@torch.inference_mode()
+def test_unet_with_every_convolution_as_a_gemm(
+    name: str, reference_network: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Test networks are too small for it by themselves."""
+    module, folder = reference_network(f"unet/{name}")
+    unet, taken = ours(folder), []
+    assert isinstance(unet, UNet)
+    multiply = convolution.multiply_patches
+    monkeypatch.setattr(convolution, "_few_sites", lambda conv, x: True)
+    monkeypatch.setattr(convolution, "multiply_patches", lambda *args: taken.append(args[0]) or multiply(*args))
+    assert check(module, unet, (16, 16)) <= GATE
+    assert len(taken) > 20
 
 
 def drop_bias(unet: UNet) -> None:

@@ -103,7 +103,7 @@ class ControlNet(Trunk):
         outputs.append(self.controlnet_mid_block(x.x))
         if self.control.pool:
             outputs = [t.mean((2, 3), keepdim=True) for t in outputs]
-        factors = scale.to(self.dtype).reshape(len(scale), -1).expand(-1, len(outputs))
+        factors = scale.to(self.dtype).reshape(scale.shape[0], -1).expand(-1, len(outputs))
         outputs = [t * factors[:, i, None, None, None] for i, t in enumerate(outputs)]
         return Residuals(tuple(outputs[:-1]), outputs[-1])
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ...kernels import add_layer_norm, attention, bias_residual_add, geglu, group_norm_silu, layer_norm
 from ...kernels.dispatch import Site
+from .convolution import convolve
 
 
 class Image(NamedTuple):
@@ -124,10 +125,6 @@ class Attention(nn.Module):
         self.op = Site(attention)
         self.span = slice(0, 0)  # where this layer's keys and values lie in Prepared.kv; set by the network
 
-    def project(self, context: Tensor) -> Tensor:
-        """Keys and values of a context [R, L, D], side by side: [R, L, 2 * channels]."""
-        return torch.cat([self.to_k(context), self.to_v(context)], -1)
-
     def forward(self, x: Tensor, kv: Tensor | None = None, kv_len: Tensor | None = None) -> Tensor:
         """x: [R, L, C]; kv: [R, Lk, *] all layers' keys and values (cross-attention only); kv_len: int32 [R]."""
         if self.crossed:
@@ -184,7 +181,7 @@ class Downsample(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [R, C, h, w]."""
-        return self.conv(x if self.padding else F.pad(x, (0, 1, 0, 1)))
+        return convolve(self.conv, x if self.padding else F.pad(x, (0, 1, 0, 1)))
 
 
 class Upsample(nn.Module):
@@ -199,7 +196,7 @@ class Upsample(nn.Module):
         """x: [R, C, h, w]; size: the height and width to reach."""
         if self.folded is not None and size == (2 * x.shape[-2], 2 * x.shape[-1]):
             return F.conv_transpose2d(x, self.folded, self.conv.bias, stride=2, padding=1)
-        return self.conv(nearest(x, size))
+        return convolve(self.conv, nearest(x, size))
 
 
 class TimestepEmbedding(nn.Module):
@@ -236,11 +233,6 @@ def project_qkv(layer: Attention | SelfAttention2d, x: Tensor) -> tuple[Tensor, 
     if layer.to_qkv is not None:
         return layer.to_qkv(x).chunk(3, -1)
     return layer.to_q(x), layer.to_k(x), layer.to_v(x)
-
-
-def convolve(conv: nn.Conv2d, x: Tensor, bias: bool = True) -> Tensor:
-    """conv(x), or without its bias where the next op adds it."""
-    return conv(x) if bias else F.conv2d(x, conv.weight, None, conv.stride, conv.padding)
 
 
 def to_tokens(x: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """The U-Net of latent and pixel diffusion models, split into what every update shares and what is left per update.
 
-`prepare` runs once per request: the prompt's keys and values of every cross-attention layer and, in one GEMM, the time
-projections of every residual block for every update. `forward` is the rest, with no host sync and no branch on values.
+`prepare` runs once per request: in one GEMM each, the prompt's keys and values of every cross-attention layer and the
+time projections of every residual block for every update. `forward` is the rest, with no host sync and no branch on
+values.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import RequestError
 from .layers import Attention, GroupNorm, Image, TimestepEmbedding, channels_last, sinusoid
+from .projections import project
 from .unet_blocks import DownBlock, MiddleBlock, ResBlock, Step, UpBlock
 from .unet_config import UNetConfig
 
@@ -101,12 +103,12 @@ class Trunk(nn.Module):
         """
         self._check(conditioning)
         embedding = F.silu(self._embed(conditioning, timesteps))  # [R, U, T]
-        time = F.linear(embedding, *self._time_projections())
+        time = project(embedding, self._time_weights(), self._time_bias())
         if conditioning.hidden is None:
             return Prepared(time=time)
         hidden = conditioning.hidden.to(self.dtype)
         hidden = hidden if self.encoder_hid_proj is None else self.encoder_hid_proj(hidden)
-        kv = torch.cat([layer.project(hidden) for layer in self._prompt_layers()], -1)
+        kv = project(hidden, self._prompt_weights())
         return Prepared(time=time, kv=kv, kv_len=conditioning.kv_len)
 
     @property
@@ -128,6 +130,12 @@ class Trunk(nn.Module):
         x = channels_last(latents.to(self.dtype))
         return self.conv_in(2 * x - 1 if self.config.center_input else x)
 
+    def stacks(self) -> list[list[str]]:
+        """Names of the matrices that `prepare` multiplies with one input: a loader puts each list into one storage."""
+        names = {id(parameter): name for name, parameter in self.named_parameters()}
+        groups = (self._time_weights(), self._prompt_weights())
+        return [[names[id(weight)] for weight in group] for group in groups if group]
+
     def _place(self) -> None:
         """Give every block its columns in the tables of `prepare`; called once all blocks exist."""
         start = 0
@@ -140,15 +148,22 @@ class Trunk(nn.Module):
             layer.span = slice(start, start + 2 * layer.channels)
             start = layer.span.stop
 
-    def _time_projections(self) -> tuple[Tensor, Tensor]:
-        """Weight [sum over the blocks, T] and bias of all time projections; the bias holds conv1's where it can."""
-        weights, biases = [], []
+    def _time_weights(self) -> list[Tensor]:
+        """Matrices [*, T] of the time projections, in the order of their columns in `Prepared.time`."""
+        return [block.time_emb_proj.weight for block in self._time_blocks() if block.time_emb_proj is not None]
+
+    def _time_bias(self) -> Tensor:
+        """Biases of all time projections; where they can, they hold that of conv1."""
+        biases = []
         for block in self._time_blocks():
             assert block.time_emb_proj is not None
-            weights.append(block.time_emb_proj.weight)
             first = block.conv1.bias if block.folded else None
             biases.append(block.time_emb_proj.bias if first is None else block.time_emb_proj.bias + first)
-        return torch.cat(weights), torch.cat(biases)
+        return torch.cat(biases)
+
+    def _prompt_weights(self) -> list[Tensor]:
+        """Matrices [*, D] of the prompt's keys and values, in the order of their columns in `Prepared.kv`."""
+        return [weight for layer in self._prompt_layers() for weight in (layer.to_k.weight, layer.to_v.weight)]
 
     def _time_blocks(self) -> list[ResBlock]:
         return [module for module in self.modules() if isinstance(module, ResBlock)]

@@ -8,6 +8,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
+from .convolution import convolve
 from .layers import (
     AddLayerNorm,
     Attention,
@@ -20,7 +21,6 @@ from .layers import (
     SelfAttention2d,
     Upsample,
     concat_channels,
-    convolve,
     halve,
     nearest,
     to_image,
@@ -67,24 +67,28 @@ class ResBlock(nn.Module):
         self, image: Image, step: Step, skip: Image | None = None, size: tuple[int, int] | None = None
     ) -> Image:
         """image: [R, C, h, w]; skip: more channels of the input; size: what a block that upsamples has to reach."""
-        h = self.norm1(image, skip=skip)
         x = concat_channels(image.x, None if skip is None else skip.x)
+        h = self.norm1(image, skip=skip) if self.norm1.op.fused else self.norm1(Image(x))
         if self.resample is not None:
             change = _resampler(self.resample, size)
             x, h = change(x), change(h)
+        h = convolve(self.conv1, h, bias=not self._bias_in_norm)
         h = self._second_norm(h, step)
         h = convolve(self.conv2, h, bias=not self.exit.fused)
-        return self.exit(h, self.conv2.bias, x if self.conv_shortcut is None else self.conv_shortcut(x))
+        return self.exit(h, self.conv2.bias, x if self.conv_shortcut is None else convolve(self.conv_shortcut, x))
+
+    @property
+    def _bias_in_norm(self) -> bool:
+        """Whether conv1's bias is added inside the second norm, which can take it with the time embedding or alone."""
+        return self.folded or self.norm2.op.fused
 
     def _second_norm(self, h: Tensor, step: Step) -> Tensor:
-        """norm2(conv1(h)), with the time embedding and conv1's bias added inside the norm where that is possible."""
-        inside = self.folded or self.norm2.op.fused
-        h = convolve(self.conv1, h, bias=not inside)
-        bias = self.conv1.bias
+        """norm2(h), h being conv1's output, with the time embedding and, where it is still missing, conv1's bias."""
         if self.folded:
             assert step.time is not None
             return self.norm2(Image(h), pre_bias=step.time[:, self.span])
-        pre_bias = None if bias is None or not inside else bias[None]
+        bias = self.conv1.bias
+        pre_bias = bias[None] if bias is not None and self._bias_in_norm else None
         if self.time_emb_proj is None:
             return self.norm2(Image(h), pre_bias=pre_bias)
         assert step.time is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import torch
 from safetensors import safe_open
@@ -15,6 +16,15 @@ from .checkpoint import TensorInfo
 from .keymap import Assignment, KeyMap, assign
 
 _STORED = {"F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "BOOL"}
+
+
+@runtime_checkable
+class Stacked(Protocol):
+    """A module that multiplies several of its matrices with one input at once."""
+
+    def stacks(self) -> list[list[str]]:
+        """Lists of names of parameters [n_i, D] of one D, each list to lie in one storage, one after another."""
+        ...
 
 
 def load_weights(
@@ -29,8 +39,9 @@ def load_weights(
     """Fill `module`, built under `torch.device("meta")`, with `tensors` (`Checkpoint.weights`).
 
     Names and shapes are compared first; only then tensors are read one by one, converted to `dtype` (integers keep
-    theirs) and moved to `device`, convolutions in channels-last memory. Peak memory is the module plus one tensor.
-    Parameters do not require gradients. what: the component, for messages.
+    theirs) and moved to `device`, convolutions in channels-last memory, the matrices of a `Stacked` module as views of
+    their stacks. Peak memory is the module plus one tensor. Parameters do not require gradients. what: the component,
+    for messages.
 
     Raises CheckpointError listing by name what is missing, extra, stored twice, mis-shaped or quantised; NumericsError
     naming the tensors that hold NaN or Inf, also where they only arise in `dtype`.
@@ -39,13 +50,14 @@ def load_weights(
     by_file: defaultdict[Path, list[Assignment]] = defaultdict(list)
     for assignment in plan:
         by_file[tensors[assignment.key].file].append(assignment)
+    places = _allocate_stacks(module, device, dtype)
     finite: dict[str, Tensor] = {}
     for file, assignments in by_file.items():
         with safe_open(file, framework="pt") as stream:
             for a in assignments:
                 value = _place(stream.get_tensor(a.key).reshape(a.shape), device, dtype)
                 finite[a.key] = torch.isfinite(value).all()
-                _store(module, a.name, value)
+                _store(module, a.name, places[a.name].copy_(value) if a.name in places else value)
     if bad := [key for key, ok in finite.items() if not ok.item()]:
         precision = str(dtype).removeprefix("torch.")
         raise NumericsError(
@@ -73,6 +85,17 @@ def check_weights(module: nn.Module, tensors: Mapping[str, TensorInfo], keymap: 
     if odd := [f"{a.key} ({tensors[a.key].dtype})" for a in plan if tensors[a.key].dtype not in _STORED]:
         raise CheckpointError(f"{what} holds quantised tensors, which cannot be loaded yet: {', '.join(odd[:20])}")
     return plan
+
+
+def _allocate_stacks(module: nn.Module, device: torch.device | str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Where every parameter that belongs to a stack goes, by name."""
+    places: dict[str, Tensor] = {}
+    shapes = {name: parameter.shape for name, parameter in module.named_parameters()}
+    for names in module.stacks() if isinstance(module, Stacked) else []:
+        rows = [shapes[name][0] for name in names]
+        stack = torch.empty(sum(rows), shapes[names[0]][1], device=device, dtype=dtype)
+        places |= dict(zip(names, stack.split(rows), strict=True))
+    return places
 
 
 def _place(value: Tensor, device: torch.device | str, dtype: torch.dtype) -> Tensor:
