@@ -48,6 +48,31 @@ class EngineClosed(StepfuseError, RuntimeError):
     exit_code = 1
 
 
+class QueueFull(StepfuseError, RuntimeError):
+    """More work is queued than the bound allows; nothing was queued.
+
+    retry_after: seconds until the same work would be taken; estimated_wait: seconds until all that is queued is done.
+    """
+
+    exit_code = 7
+
+    def __init__(self, message: str, *, estimated_wait: float = 0.0, retry_after: float = 0.0) -> None:
+        super().__init__(message)
+        self.estimated_wait, self.retry_after = estimated_wait, retry_after
+
+
+class DeadlineMissed(StepfuseError, TimeoutError):
+    """The deadline of a request passed before the request started."""
+
+    exit_code = 8
+
+
+class MemoryBudgetError(StepfuseError, MemoryError):
+    """The request needs more device memory than the budget has."""
+
+    exit_code = 9
+
+
 def closest(name: str, valid: Iterable[str]) -> str:
     """A suffix for an error message: the nearest valid name if there is one, then all of them."""
     names = sorted(valid)
