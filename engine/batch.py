@@ -1,106 +1,348 @@
-"""Device state of the running rows. A row is one image; rows of one batch may differ in everything but shapes."""
+"""Device state of the running rows. A row is one image; rows of one batch may differ in everything but shapes.
+
+The tensors stay where they are while rows come and go, so that a captured update can be replayed on them: joining
+copies a row in, leaving moves the last rows into the holes, and whoever runs fewer rows than fit takes a prefix.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from itertools import accumulate
-from typing import Any, Protocol, Self
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Protocol
 
 import torch
-import torch.nn.functional as F
+from torch import Tensor
+
+from ..kernels.sampler_step.columns import HISTORY, Column
+
+WINDOW = 64
+"""Lines of a row's table, and timesteps projected for it, that are on hand in the batch; longer plans are refilled."""
 
 
 class ModelRows(Protocol):
-    """Step-invariant inputs of the denoiser, with the model rows (row 0 branch 0, row 0 branch 1, row 1 ...) first."""
+    """Step-invariant inputs of the denoiser: a dataclass of tensors (or None) that lead with the model rows."""
 
-    def index_select(self, rows: torch.Tensor) -> Self:
-        """The model rows at int64 index `rows`, in that order."""
-        ...
+    time: Tensor  # [M, U, *], one line per update
 
-    @classmethod
-    def cat(cls, parts: Sequence[Self]) -> Self:
-        """The model rows of all parts, one part after the other; shorter timestep tables are padded."""
-        ...
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Arrivals:
+    """n rows of one request before their first update, each with the same branches and table.
+
+    x: float32 [n, C, h, w]; c_in: scale of x for the first evaluation; table: like x [U, K]; weights: guidance weight
+    of every branch; rescale: guidance_rescale; seeds: one per row; draws: the most noises one update needs; channels:
+    of the network's output; prepared: n * branches model rows (row 0 branch 0, row 0 branch 1, row 1 ...).
+    """
+
+    x: Tensor
+    c_in: float
+    table: Tensor
+    weights: Sequence[float]
+    rescale: float
+    seeds: Sequence[int]
+    draws: int
+    channels: int
+    prepared: Any
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class State:
+    """Tensors of R rows with up to J guidance branches each, and of M model rows: one per branch a row has.
+
+    A row whose table is zero is padding: it stays as it is and does no harm. Padding model rows compute something that
+    nobody reads. Everything of the network is in its dtype and channels-last.
+    """
+
+    x: Tensor  # float32 [R, C, h, w]
+    base: Tensor  # like x
+    history: Tensor  # like x [R, 3, C, h, w]
+    table: Tensor  # like x [R, WINDOW, K]
+    update: Tensor  # int64 [R], updates done
+    first_line: Tensor  # int64 [R], the update the first line of the table belongs to
+    weights: Tensor  # like x [R, J], 0 for branches a row does not have
+    rescale: Tensor  # like x [R]
+    seeds: Tensor  # int64 [R]
+    bad: Tensor  # bool [R], NaN or Inf was seen
+    model_rows: (
+        Tensor  # int64 [R, J], where each branch is; absent branches are a row's first, padding is the last place
+    )
+    row_of: Tensor  # int64 [M], the row of every model row; 0 for padding
+    model_input: Tensor  # [M, C, h, w], c_in * x
+    prepared: Any  # M model rows
+    outputs: Tensor  # [all model rows and one place for padding, C_out, h, w], of the last update
+
+    @staticmethod
+    def zeros(x: Tensor, prepared: Any, channels: int, rows: int, width: int) -> State:
+        """Room for `rows` rows of `width` branches, with the shapes of x [*, C, h, w] and of `prepared`."""
+        shape, model_rows, dtype = x.shape[1:], rows * width, prepared.time.dtype
+        integers = {"dtype": torch.int64, "device": x.device}
+
+        def image(count: int, channels: int) -> Tensor:
+            made = torch.zeros(count, channels, *shape[1:], dtype=dtype, device=x.device)
+            return made.contiguous(memory_format=torch.channels_last)
+
+        def room(name: str, tensor: Tensor) -> Tensor:
+            lines = (WINDOW,) if name == "time" else tensor.shape[1:2]
+            return tensor.new_zeros(model_rows, *lines, *tensor.shape[2:])
+
+        return State(
+            x=x.new_zeros(rows, *shape),
+            base=x.new_zeros(rows, *shape),
+            history=x.new_zeros(rows, HISTORY, *shape),
+            table=x.new_zeros(rows, WINDOW, len(Column)),
+            update=torch.zeros(rows, **integers),
+            first_line=torch.zeros(rows, **integers),
+            weights=x.new_zeros(rows, width),
+            rescale=x.new_zeros(rows),
+            seeds=torch.zeros(rows, **integers),
+            bad=torch.zeros(rows, dtype=torch.bool, device=x.device),
+            model_rows=torch.full((rows, width), model_rows, **integers),
+            row_of=torch.zeros(model_rows, **integers),
+            model_input=image(model_rows, shape[0]),
+            prepared=_each(prepared, room),
+            outputs=image(model_rows + 1, channels),
+        )
+
+    def prefix(self, rows: int, model_rows: int) -> State:
+        """The first rows and model rows, in the same memory."""
+        return replace(
+            self,
+            **{name: getattr(self, name)[:rows] for name in _OF_ROWS},
+            row_of=self.row_of[:model_rows],
+            model_input=self.model_input[:model_rows],
+            prepared=_each(self.prepared, lambda _, tensor: tensor[:model_rows]),
+        )
+
+    def of_rows(self) -> list[Tensor]:
+        """The tensors that lead with the rows and move with them."""
+        return [getattr(self, name) for name in _OF_ROWS if name != "model_rows"]
+
+    def of_model_rows(self) -> list[Tensor]:
+        """The tensors that lead with the model rows and move with them."""
+        return [self.model_input, *_tensors(self.prepared)]
+
+    @property
+    def bytes(self) -> int:
+        """Memory of all tensors."""
+        own = [value for value in vars(self).values() if isinstance(value, Tensor)]
+        return sum(tensor.numel() * tensor.element_size() for tensor in (*own, *_tensors(self.prepared)))
+
+
+_OF_ROWS = ("x", "base", "history", "table", "update", "first_line", "weights", "rescale", "seeds", "bad", "model_rows")
 
 
 @dataclass(eq=False)
-class Batch:
-    """R rows with up to J guidance branches each, evaluated as M model rows: one per branch a row has.
+class Seat:
+    """What the host knows about a row: who owns it, its model rows, how far it is.
 
-    x, base: float32 [R, C, h, w]; history: [R, 3, C, h, w]; model_input: c_in * x of the next update; table: [R, U, K];
-    update: int64 [R], the next line of each row's table; weights: [R, J] guidance weights, 0 for branches a row does
-    not have; rescale: [R] guidance_rescale; seeds: int64 [R]; bad: bool [R], NaN or Inf was seen; prepared: M model
-    rows. owners: host ids of the rows; branches: how many each has; draws: the most noises one update of any row needs
-    (0: all rows are deterministic);
-    rescaled: whether any row has a guidance_rescale.
+    table, time: the whole plan [U, K] and its projections [branches, U, *], kept where they do not fit the window.
     """
 
-    owners: list[Any]
-    branches: list[int]
-    x: torch.Tensor
-    base: torch.Tensor
-    history: torch.Tensor
-    model_input: torch.Tensor
-    table: torch.Tensor
-    update: torch.Tensor
-    weights: torch.Tensor
-    rescale: torch.Tensor
-    seeds: torch.Tensor
-    bad: torch.Tensor
-    prepared: ModelRows
-    draws: int = 0
-    rescaled: bool = False
+    owner: Hashable
+    places: list[int]
+    updates: int
+    draws: int
+    rescaled: bool
+    table: Tensor | None
+    time: Tensor | None
+    done: int = 0
+    first: int = 0
 
-    def __post_init__(self) -> None:
-        device = self.x.device
-        self.row_of = torch.tensor([row for row, n in enumerate(self.branches) for _ in range(n)], device=device)
-        """int64 [M], the row of every model row."""
-        width, found = self.weights.shape[1], self._model_rows()
-        self.model_rows = torch.tensor([rows + rows[:1] * (width - len(rows)) for rows in found], device=device)
-        """int64 [R, J], the model row of every branch; branches a row does not have point at its first."""
+
+class Batch:
+    """The running rows of one bucket. Model rows are compact, in any order; so are rows."""
+
+    def __init__(self, max_rows: int, width: int = 1) -> None:
+        self.max_rows, self.width = max_rows, width
+        self.seats: list[Seat] = []
+        self._state: State | None = None
+        self._prefixes: dict[tuple[int, int], State] = {}
 
     def __len__(self) -> int:
-        return len(self.owners)
+        return len(self.seats)
 
-    def join(self, other: Batch) -> Batch:
-        """A batch with the rows of `other` after these."""
-        lines = max(self.table.shape[1], other.table.shape[1])
-        width = max(self.weights.shape[1], other.weights.shape[1])
-        joined: dict[str, Any] = {}
-        for name in _PER_ROW:
-            parts = [getattr(self, name), getattr(other, name)]
-            if name == "table":
-                parts = [F.pad(part, (0, 0, 0, lines - part.shape[1])) for part in parts]
-            if name == "weights":
-                parts = [F.pad(part, (0, width - part.shape[1])) for part in parts]
-            joined[name] = torch.cat(parts)
-        return Batch(
-            owners=self.owners + other.owners,
-            branches=self.branches + other.branches,
-            prepared=type(self.prepared).cat([self.prepared, other.prepared]),
-            draws=max(self.draws, other.draws),
-            rescaled=self.rescaled or other.rescaled,
-            **joined,
-        )
+    @property
+    def state(self) -> State:
+        """All tensors. Another object once the batch has grown; captures of the old one are worthless then."""
+        assert self._state is not None, "nobody has joined"
+        return self._state
 
-    def select(self, rows: Sequence[int]) -> Batch:
-        """A batch with only the rows at positions `rows`."""
-        found, device = self._model_rows(), self.x.device
-        index = torch.tensor(list(rows), dtype=torch.int64, device=device)
-        model_rows = torch.tensor([m for row in rows for m in found[row]], dtype=torch.int64, device=device)
-        return Batch(
-            owners=[self.owners[row] for row in rows],
-            branches=[self.branches[row] for row in rows],
-            prepared=self.prepared.index_select(model_rows),
-            draws=self.draws,
-            rescaled=self.rescaled,
-            **{name: getattr(self, name)[index] for name in _PER_ROW},
-        )
+    @property
+    def owners(self) -> list[Any]:
+        """Host ids of the rows."""
+        return [seat.owner for seat in self.seats]
 
-    def _model_rows(self) -> list[list[int]]:
-        starts = [0, *accumulate(self.branches)]
-        return [list(range(start, start + n)) for start, n in zip(starts, self.branches, strict=False)]
+    @property
+    def capacity(self) -> int:
+        """Rows there is room for."""
+        return 0 if self._state is None else len(self._state.x)
+
+    @property
+    def model_rows(self) -> int:
+        """Model rows in use."""
+        return sum(len(seat.places) for seat in self.seats)
+
+    @property
+    def draws(self) -> int:
+        """The most noises one update of any row needs (0: all rows are deterministic)."""
+        return max((seat.draws for seat in self.seats), default=0)
+
+    @property
+    def rescaled(self) -> bool:
+        """Whether any row has a guidance_rescale."""
+        return any(seat.rescaled for seat in self.seats)
+
+    @property
+    def bytes(self) -> int:
+        """Memory of all tensors."""
+        return 0 if self._state is None else self._state.bytes
+
+    def prefix(self, rows: int, model_rows: int) -> State:
+        """`State.prefix`, the same object every time."""
+        key = rows, model_rows
+        if key not in self._prefixes:
+            self._prefixes[key] = self.state.prefix(rows, model_rows)
+        return self._prefixes[key]
+
+    def join(self, new: Arrivals, owners: Sequence[Hashable]) -> None:
+        """Copy rows in after the ones that run. Nothing has changed if it runs out of memory."""
+        first, start, branches = len(self), self.model_rows, len(new.weights)
+        count, model_rows = first + len(owners), start + len(owners) * branches
+        self._make_room(new, count, branches)
+        state, rows = self.state, slice(first, count)
+        state.x[rows] = new.x
+        state.base[rows] = new.x
+        for tensor in (state.history, state.update, state.weights, state.bad):
+            tensor[rows] = 0
+        state.rescale[rows] = new.rescale
+        for branch, weight in enumerate(new.weights):
+            state.weights[rows, branch] = weight
+        scaled = (new.x * new.c_in).repeat_interleave(branches, 0)
+        for target, source in [(state.model_input, scaled), *_pairs(state.prepared, new.prepared)]:
+            target[start:model_rows] = source
+        updates = len(new.table)
+        for i, owner in enumerate(owners):
+            own, places = slice(i * branches, (i + 1) * branches), start + i * branches
+            state.seeds[first + i] = new.seeds[i]
+            seat = Seat(owner, list(range(places, places + branches)), updates, new.draws, new.rescale > 0, None, None)
+            self.seats.append(seat)
+            self._fill(first + i, new.table, new.prepared.time[own])
+            if updates > WINDOW:
+                seat.table, seat.time = new.table, new.prepared.time[own]
+        self._index()
+
+    def take(self, positions: Sequence[int]) -> tuple[list[Tensor], list[bool]]:
+        """Copies of the latents [C, h, w] of these rows, and which of them saw NaN or Inf. Waits for the device."""
+        return [self.state.x[position].clone() for position in positions], self.state.bad[list(positions)].tolist()
+
+    def leave(self, positions: Sequence[int]) -> None:
+        """Take rows out; the last ones move into their places."""
+        state, gone = self.state, set(positions)
+        kept = [position for position in range(len(self)) if position not in gone]
+        free = [place for position in gone for place in self.seats[position].places]
+        before, model_rows = len(self), self.model_rows - len(free)
+        moved = _moves(kept, len(kept))
+        for source, target in moved:
+            _move(state.of_rows(), source, target)
+            self.seats[target] = self.seats[source]
+        del self.seats[len(kept) :]
+        state.table[len(kept) : before] = 0
+        used = [place for seat in self.seats for place in seat.places]
+        homes = dict(_moves(used, model_rows))
+        for source, target in homes.items():
+            _move(state.of_model_rows(), source, target)
+        for seat in self.seats:
+            seat.places = [homes.get(place, place) for place in seat.places]
+        self._index()
+
+    def refill(self) -> None:
+        """Move the windows of rows that come to the end of theirs. Copies on the device: nothing waits."""
+        for position, seat in enumerate(self.seats):
+            last = seat.done + 1 == seat.first + WINDOW  # an update reads its line and the next one
+            if last and seat.table is not None and seat.first + WINDOW < seat.updates:
+                seat.first = seat.done
+                assert seat.time is not None
+                self._fill(position, seat.table, seat.time)
+
+    def advance(self) -> None:
+        """Note on the host that every row was updated."""
+        for seat in self.seats:
+            seat.done += 1
+
+    def reserve(self, rows: int, width: int) -> None:
+        """Room for this many rows and branches: new tensors, with what the old ones held."""
+        old, before = self.state, (self.capacity, self.width)
+        if rows <= before[0] and width <= before[1]:
+            return
+        rows, width = max(rows, before[0]), max(width, before[1])
+        made = State.zeros(old.x, old.prepared, old.outputs.shape[1], rows, width)
+        for target, source in zip(
+            (*made.of_rows(), *made.of_model_rows()), (*old.of_rows(), *old.of_model_rows()), strict=True
+        ):
+            target[tuple(slice(0, n) for n in source.shape)] = source
+        self._replace(made, width)
+
+    def _make_room(self, new: Arrivals, rows: int, width: int) -> None:
+        """Room grows by powers of two up to max_rows."""
+        room = min(1 << (rows - 1).bit_length(), max(rows, self.max_rows))
+        if self._state is None:
+            width = max(width, self.width)
+            self._replace(State.zeros(new.x, new.prepared, new.channels, room, width), width)
+        elif rows > self.capacity or width > self.width:
+            self.reserve(max(self.capacity, room), width)
+
+    def _replace(self, state: State, width: int) -> None:
+        self._state, self.width = state, width
+        self._prefixes.clear()
+        self._index()
+
+    def _fill(self, position: int, table: Tensor, time: Tensor) -> None:
+        """Put in place the window of a plan [U, K] and its projections [branches, U, *] from `seat.first` on."""
+        state, seat = self.state, self.seats[position]
+        lines = slice(seat.first, seat.first + WINDOW)
+        part = table[lines]
+        state.table[position, : len(part)] = part
+        state.table[position, len(part) :] = 0
+        state.first_line[position] = seat.first
+        for place, rows in zip(seat.places, time, strict=True):
+            state.prepared.time[place, : len(part)] = rows[lines]
+
+    def _index(self) -> None:
+        """Write where everybody's model rows are."""
+        state, nowhere = self.state, self.capacity * self.width
+        row_of = [0] * nowhere
+        model_rows = [[nowhere] * self.width for _ in range(self.capacity)]
+        for position, seat in enumerate(self.seats):
+            model_rows[position] = seat.places + seat.places[:1] * (self.width - len(seat.places))
+            for place in seat.places:
+                row_of[place] = position
+        for target, values in ((state.row_of, row_of), (state.model_rows, model_rows)):
+            target.copy_(torch.tensor(values, pin_memory=target.is_cuda), non_blocking=True)
 
 
-_PER_ROW = ("x", "base", "history", "model_input", "table", "update", "weights", "rescale", "seeds", "bad")
+def _moves(used: Sequence[int], count: int) -> list[tuple[int, int]]:
+    """(from, to) for the `count` places in use, so that they become 0 to count - 1."""
+    holes = sorted(set(range(count)) - set(used))
+    return list(zip(sorted(place for place in used if place >= count), holes, strict=True))
+
+
+def _move(tensors: Sequence[Tensor], source: int, target: int) -> None:
+    torch._foreach_copy_([tensor[target] for tensor in tensors], [tensor[source] for tensor in tensors])
+
+
+def _tensors(prepared: Any) -> list[Tensor]:
+    return [value for field in fields(prepared) if isinstance(value := getattr(prepared, field.name), Tensor)]
+
+
+def _each(prepared: Any, change: Callable[[str, Tensor], Tensor]) -> Any:
+    """The same model rows with every tensor changed."""
+    given = {field.name: getattr(prepared, field.name) for field in fields(prepared)}
+    return replace(prepared, **{n: change(n, t) for n, t in given.items() if isinstance(t, Tensor)})
+
+
+def _pairs(state: Any, new: Any) -> list[tuple[Tensor, Tensor]]:
+    """(tensor of the batch, tensor of the arrivals) for everything but the time tables, which are filled by windows."""
+    names = [field.name for field in fields(state) if field.name != "time"]
+    pairs = [(getattr(state, name), getattr(new, name)) for name in names]
+    assert all((a is None) == (b is None) for a, b in pairs), "rows of one bucket have the same inputs"
+    return [(a, b) for a, b in pairs if a is not None]

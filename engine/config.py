@@ -21,6 +21,8 @@ SafetyHook = Callable[["np.ndarray", str], "np.ndarray"]
 DTYPES = {"float32": "float32", "fp32": "float32", "float16": "float16", "fp16": "float16", "half": "float16",
           "bfloat16": "bfloat16", "bf16": "bfloat16", "float64": "float64", "fp64": "float64"}  # fmt: skip
 
+RUNNERS = ("auto", "eager", "graph", "compiled")
+
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
@@ -28,9 +30,13 @@ class EngineConfig:
 
     device: "cpu", "cuda", "cuda:1". dtype and vae_dtype: a name ("float32", "bf16", ...) or a torch dtype.
     kernels: "auto", an implementation name for every op, or a mapping op -> implementation.
-    max_rows: the most images in one running batch. variant: weight file variant ("fp16"). download: fetch a hub id that
-    is not in the local cache. vae_tiling: decode in overlapping tiles; "auto" above 1536 x 1536 pixels. safety: called
-    on every batch of images before they are returned.
+    max_rows: the most images in one running batch. runner: how an update is executed, "eager" (op by op), "graph" (one
+    CUDA graph), "compiled" (the denoiser through torch.compile, captured on CUDA) or "auto" (graph on CUDA, eager on a
+    CPU). graph_bytes: what captures may hold, and what buffers kept for them may; by default an eighth of the device's
+    memory. decode_rows: images the VAE decodes together; by default one on a CPU, on CUDA as many as make a megapixel.
+    variant: weight file variant ("fp16"). download: fetch a hub id that is not in the local cache. vae_tiling: decode
+    in overlapping tiles; "auto" above 1536 x 1536 pixels. safety: called on every batch of images before they are
+    returned.
     """
 
     device: str | None = None
@@ -38,6 +44,9 @@ class EngineConfig:
     vae_dtype: str | torch.dtype | None = None
     kernels: str | Mapping[str, str] = "auto"
     max_rows: int | None = None
+    runner: Literal["auto", "eager", "graph", "compiled"] = "auto"
+    graph_bytes: int | None = None
+    decode_rows: int | None = None
     variant: str | None = None
     download: bool = False
     vae_tiling: bool | Literal["auto"] = "auto"
@@ -47,13 +56,16 @@ class EngineConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedConfig:
-    """EngineConfig with every None decided."""
+    """EngineConfig with every None decided. decode_rows: 0 for as many as make a megapixel."""
 
     device: torch.device
     dtype: torch.dtype
     vae_dtype: torch.dtype
     kernels: str | Mapping[str, str]
     max_rows: int
+    runner: Literal["eager", "graph", "compiled"]
+    graph_bytes: int
+    decode_rows: int
     vae_tiling: bool | Literal["auto"]
     transforms: tuple[str, ...]
     safety: SafetyHook | None
@@ -83,18 +95,36 @@ def resolve(config: EngineConfig, *, vae_force_upcast: bool = False) -> Resolved
         vae_dtype = torch.float32 if dtype == torch.float16 and vae_force_upcast else dtype
     elif vae_dtype == torch.float16 and vae_force_upcast:
         raise RequestError("vae_dtype: got float16, but this VAE overflows in it (force_upcast); use bf16 or float32")
-    if config.max_rows is not None and (not isinstance(config.max_rows, int) or config.max_rows < 1):
-        raise RequestError(f"max_rows: got {config.max_rows!r}, expected a whole number >= 1")
+    for name in ("max_rows", "graph_bytes", "decode_rows"):
+        value = getattr(config, name)
+        if value is not None and (not isinstance(value, int) or value < 1):
+            raise RequestError(f"{name}: got {value!r}, expected a whole number >= 1")
+    cuda = device.type == "cuda"
     return ResolvedConfig(
         device=device,
         dtype=dtype,
         vae_dtype=vae_dtype,
         kernels=config.kernels,
         max_rows=config.max_rows or 8,
+        runner=resolve_runner(config.runner, device),
+        graph_bytes=config.graph_bytes
+        or (torch.cuda.get_device_properties(device).total_memory // 8 if cuda else 2**30),
+        decode_rows=config.decode_rows or (0 if cuda else 1),
         vae_tiling=config.vae_tiling,
         transforms=tuple(config.transforms),
         safety=config.safety,
     )
+
+
+def resolve_runner(name: str, device: torch.device) -> Literal["eager", "graph", "compiled"]:
+    """How updates are executed on this device; CUDA graphs are refused elsewhere."""
+    if name not in RUNNERS:
+        raise RequestError(f"runner: got {name!r}, {closest(str(name), RUNNERS)}")
+    if name == "auto":
+        return "graph" if device.type == "cuda" else "eager"
+    if name == "graph" and device.type != "cuda":
+        raise RequestError(f"runner: 'graph' needs CUDA, the device is {device}; use runner='eager' or 'compiled'")
+    return name  # type: ignore[return-value]
 
 
 def resolve_device(name: str | None) -> torch.device:

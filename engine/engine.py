@@ -6,10 +6,10 @@ import atexit
 import logging
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -19,56 +19,24 @@ from .components import Components, load_components
 from .config import EngineConfig, merge
 from .errors import Cancelled, EngineClosed, NumericsError, RequestError
 from .images import to_uint8
-from .models.unet import Conditioning
 from .request import Event, Job, Request, build_request
 from .results import make_result, to_arrays
-from .runner import Before, EagerRunner
+from .runner import Before, Runner, out_of_memory
 from .scheduler import Scheduler
-from .settling import Settled, settle
+from .settling import settle
+from .ticket import Row, Ticket
 
 logger = logging.getLogger("stepfuse")
-
-
-@dataclass(eq=False)
-class Ticket:
-    """Engine-side state of one job; row i of it is image i."""
-
-    job: Job
-    settled: Settled
-    submitted: float = field(default_factory=time.perf_counter)
-    conditioning: Conditioning | None = None
-    warnings: tuple[str, ...] = ()
-    done: dict[int, int] = field(default_factory=dict)
-    latents: dict[int, torch.Tensor] = field(default_factory=dict)
-    bad: bool = False
-    timings: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def updates(self) -> int:
-        """Network evaluations of one row."""
-        return len(self.settled.plan.updates)
-
-    @property
-    def rows(self) -> list[Row]:
-        """Ids of all rows."""
-        return [(self, index) for index in range(len(self.settled.seeds))]
-
-    @property
-    def bucket(self) -> tuple[Any, ...]:
-        """Rows with equal buckets can share a forward: size in pixels and text length."""
-        hidden = None if self.conditioning is None else self.conditioning.hidden
-        return self.settled.height, self.settled.width, None if hidden is None else hidden.shape[1]
-
-
-Row = tuple[Ticket, int]
+T = TypeVar("T")
 
 
 class Engine:
     """Runs one checkpoint. Safe to use from several threads; use it as a context manager, or call close()."""
 
-    def __init__(self, components: Components) -> None:
+    def __init__(self, components: Components, runner: Runner | None = None) -> None:
+        """runner: how updates are executed; None: as the components' configuration says."""
         self.components = components
-        self._runner = EagerRunner(components)
+        self._runner = runner or Runner(components)
         self._scheduler: Scheduler[Row] = Scheduler(components.config.max_rows)
         self._batches: dict[Any, Batch] = {}
         self._inbox: list[Ticket] = []
@@ -132,16 +100,26 @@ class Engine:
         finally:
             job.cancel()
 
-    def warmup(self, width: int | None = None, height: int | None = None) -> None:
-        """Run one update and one decode at a size, so that the first request does not pay for first-use costs."""
+    def warmup(self, width: int | None = None, height: int | None = None, *, rows: int | None = None) -> None:
+        """Pay the first-use costs of a size now: one update, one decode, and every planned graph or compilation.
+
+        rows: the most images that will run together, for runner="graph" and "compiled"; None: max_rows on CUDA, else 1.
+        Raises RequestError for a size or number of rows that cannot be run.
+        """
+        config = self.components.config
+        rows = rows if rows is not None else config.max_rows if config.device.type == "cuda" else 1
+        if not isinstance(rows, int) or not 1 <= rows <= config.max_rows:
+            raise RequestError(
+                f"rows: got {rows!r}, expected 1 to max_rows, {config.max_rows}; load with more max_rows"
+            )
         prompt = None if self.components.family.text == "none" else ""
         labels = 0 if self.components.denoiser.config.class_embedding != "none" else None
-        self.generate(prompt, width=width, height=height, steps=1, seed=0, class_labels=labels)
+        request = Request(prompt=prompt, width=width, height=height, steps=1, seed=0, class_labels=labels)
+        self._submit([request], 0, warm=rows)[0].result()
 
     def explain(self) -> str:
-        """What was loaded, on what, and which implementation every op uses and why."""
-        sampler = "\n".join(f"  {line}" for line in self._runner.binder.explain().splitlines())
-        return f"{self.components.explain()}\nsampler:\n{sampler}"
+        """What was loaded, on what, how updates are executed, and which implementation every op uses and why."""
+        return f"{self.components.explain()}\n{self._runner.explain()}"
 
     def close(self) -> None:
         """Cancel what is queued or running and stop the worker. Safe to call twice."""
@@ -158,10 +136,10 @@ class Engine:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def _submit(self, requests: Sequence[Request], preview_every: int) -> list[Job]:
+    def _submit(self, requests: Sequence[Request], preview_every: int, warm: int = 0) -> list[Job]:
         if not isinstance(preview_every, int) or preview_every < 0:
             raise RequestError(f"preview_every: got {preview_every!r}, expected a whole number >= 0")
-        tickets = [Ticket(Job(request, preview_every), settle(self.components, request)) for request in requests]
+        tickets = [Ticket(Job(request, preview_every), settle(self.components, request), warm) for request in requests]
         with self._news:
             if self._closed:
                 raise EngineClosed("the engine is closed; load a new one")
@@ -173,6 +151,8 @@ class Engine:
 
     @torch.inference_mode()
     def _serve(self) -> None:
+        if self.components.config.device.type == "cuda":
+            torch.cuda.set_device(self.components.config.device)
         while self._wait():
             self._receive()
             self._admit()
@@ -217,17 +197,29 @@ class Engine:
         for (ticket, index), _ in self._scheduler.admit():
             joining.setdefault(ticket, []).append(index)
         for ticket, indices in joining.items():
-            assert ticket.conditioning is not None
             ticket.timings.setdefault("began", time.perf_counter())
             try:
-                rows = pipeline.start(
-                    self.components, ticket.settled, ticket.conditioning, indices, [(ticket, i) for i in indices]
-                )
+                batch = self._with_room(lambda ticket=ticket, indices=indices: self._join(ticket, indices))
+                if ticket.warm:
+                    self._runner.warm(batch, ticket.warm)
+            except torch.OutOfMemoryError as error:
+                self._fail([ticket], out_of_memory(self.components.config, max(len(indices), ticket.warm), error))
             except Exception as error:  # boundary: as in _receive
                 self._fail([ticket], error)
-                continue
-            running = self._batches.get(ticket.bucket)
-            self._batches[ticket.bucket] = rows if running is None else running.join(rows)
+
+    def _join(self, ticket: Ticket, indices: list[int]) -> Batch:
+        assert ticket.conditioning is not None
+        rows = pipeline.start(self.components, ticket.settled, ticket.conditioning, indices)
+        batch = self._batches.get(ticket.bucket)
+        if batch is None:
+            batch = self._runner.batch(ticket.bucket)
+        try:
+            batch.join(rows, [(ticket, index) for index in indices])
+            self._batches[ticket.bucket] = batch
+        finally:
+            if not len(batch):
+                self._runner.retire(ticket.bucket, batch)
+        return batch
 
     def _advance(self) -> None:
         """One update of the batch whose turn it is; finished and cancelled rows leave it."""
@@ -235,77 +227,103 @@ class Engine:
         if bucket is None:
             return
         batch = self._batches[bucket]
-        tickets = list(dict.fromkeys(row[0] for row in batch.owners))
+        counts = Counter(row[0] for row in batch.owners)
+        tickets = list(counts)
         if any(self._drop_cancelled(ticket) for ticket in tickets):
             return
+        preview = any(ticket.wants_preview(rows) for ticket, rows in counts.items())
         try:
-            before = self._runner.update(batch)
-            for ticket, index in batch.owners:
-                ticket.done[index] = ticket.done.get(index, 0) + 1
-            for ticket in tickets:
-                self._report(ticket, batch, before)
-            self._collect(bucket, batch)
+            before = self._with_room(lambda: self._runner.update(batch, preview))
+        except torch.OutOfMemoryError as error:
+            newest = max(tickets, key=lambda ticket: ticket.submitted)
+            self._fail([newest], out_of_memory(self.components.config, len(batch), error))
         except Exception as error:  # boundary: a failed update ends its jobs, not the engine
             self._fail(tickets, error)
+        else:
+            for ticket, index in batch.owners:
+                ticket.done[index] = ticket.done.get(index, 0) + 1
+            failed = [(ticket, error) for ticket in tickets if (error := self._report(ticket, batch, before))]
+            for ticket, error in failed:  # only now: the rows of those that stay may move
+                self._fail([ticket], error)
+            self._collect(bucket, batch)
 
-    def _report(self, ticket: Ticket, batch: Batch, before: Before) -> None:
-        update = sum(ticket.done.values()) // len(ticket.settled.seeds)
-        every = ticket.job.preview_every
+    def _with_room(self, run: Callable[[], T]) -> T:
+        """run(), and once more after giving back what does not run, if there is too little memory for it."""
+        try:
+            return run()
+        except torch.OutOfMemoryError:
+            self._runner.release()
+        return run()
+
+    def _report(self, ticket: Ticket, batch: Batch, before: Before | None) -> Exception | None:
+        """Send the event of an update; the error if its preview could not be made."""
         preview = None
-        if every and update % every == 0:
-            rows = [i for i, owner in enumerate(batch.owners) if owner[0] is ticket]
-            preview = to_uint8(to_arrays(pipeline.decode(self.components, before.denoised(rows))))
-        ticket.job.report(Event(update=update, total=ticket.updates, preview=preview))
+        if before is not None and ticket.wants_preview():
+            rows = sorted((owner[1], i) for i, owner in enumerate(batch.owners) if owner[0] is ticket)
+            try:
+                latents = before.denoised([position for _, position in rows])
+                preview = to_uint8(to_arrays(pipeline.decode(self.components, latents)))
+            except Exception as error:  # boundary: a failed preview ends its own job
+                return error
+        ticket.job.report(Event(update=ticket.progress(), total=ticket.updates, preview=preview))
+        return None
 
     def _collect(self, bucket: Any, batch: Batch) -> None:
         """Take finished rows out of the batch; end the jobs that have all their rows."""
-        stay, gone = [], []
-        for position, (ticket, index) in enumerate(batch.owners):
-            if ticket.done[index] < ticket.updates:
-                stay.append(position)
-            else:
-                gone.append((ticket, index))
-                ticket.latents[index] = batch.x[position]
-                ticket.bad |= bool(batch.bad[position])
+        gone = [i for i, (ticket, index) in enumerate(batch.owners) if ticket.done[index] >= ticket.updates]
         if not gone:
             return
-        self._leave(bucket, batch, stay, gone)
-        for ticket in dict.fromkeys(ticket for ticket, _ in gone):
-            if ticket.bad:
-                dtype = str(self.components.config.dtype).removeprefix("torch.")
-                hint = "a lower guidance_scale" if dtype == "float32" else "dtype='float32'"
-                self._fail([ticket], NumericsError(f"NaN or Inf in the latents ({dtype}); try {hint}"))
-            elif len(ticket.latents) == len(ticket.settled.seeds):
-                try:
-                    self._finish(ticket)
-                except Exception as error:  # boundary: a failed decode or safety hook ends its own job
-                    self._fail([ticket], error)
+        latents, bad = batch.take(gone)
+        ended = [batch.owners[position] for position in gone]
+        for (ticket, index), own, broken in zip(ended, latents, bad, strict=True):
+            ticket.latents[index] = own
+            ticket.bad |= broken
+        self._leave(bucket, batch, gone)
+        tickets = list(dict.fromkeys(ticket for ticket, _ in ended))
+        dtype = str(self.components.config.dtype).removeprefix("torch.")
+        hint = "a lower guidance_scale" if dtype == "float32" else "dtype='float32'"
+        self._fail(
+            [ticket for ticket in tickets if ticket.bad],
+            NumericsError(f"NaN or Inf in the latents ({dtype}); try {hint}"),
+        )
+        ready = [ticket for ticket in tickets if ticket.complete and not ticket.bad]
+        together = 1 if self.components.config.decode_rows == 1 else max(1, len(ready))
+        for first in range(0, len(ready), together):
+            self._finish(ready[first : first + together])
 
-    def _leave(self, bucket: Any, batch: Batch, stay: list[int], gone: list[Row]) -> None:
-        self._scheduler.remove(gone)
-        if stay:
-            self._batches[bucket] = batch.select(stay)
-        else:
+    def _leave(self, bucket: Any, batch: Batch, positions: list[int]) -> None:
+        self._scheduler.remove([batch.owners[position] for position in positions])
+        batch.leave(positions)
+        if not len(batch):
             del self._batches[bucket]
+            self._runner.retire(bucket, batch)
 
-    def _finish(self, ticket: Ticket) -> None:
-        """Decode and hand over the result."""
-        if self._drop_cancelled(ticket):
+    def _finish(self, tickets: list[Ticket]) -> None:
+        """Decode jobs of one size that ended with the same update together, and hand over their results."""
+        tickets = [ticket for ticket in tickets if not self._drop_cancelled(ticket)]
+        if not tickets:
             return
-        timings = ticket.timings
-        decoding = time.perf_counter()
-        latents = torch.stack([ticket.latents[index] for index in range(len(ticket.latents))])
-        images = None if ticket.settled.request.output == "latent" else pipeline.decode(self.components, latents)
-        now = time.perf_counter()
-        spent = {
-            "encode": timings["encode"],
-            "denoise": decoding - timings["began"],
-            "decode": now - decoding,
-            "total": now - ticket.submitted,
-        }
-        result = make_result(self.components, ticket.settled, latents, images, spent, ticket.warnings)
-        ticket.job.report(Event(update=ticket.updates, total=ticket.updates, result=result))
-        ticket.job.finish(result)
+        began = time.perf_counter()
+        latents = [ticket.stacked() for ticket in tickets]
+        wanted = [ticket.settled.request.output != "latent" for ticket in tickets]
+        try:
+            images = self._with_room(lambda: pipeline.decode_each(self.components, latents, wanted))
+        except Exception as error:  # boundary: a failed decode ends its own job
+            if len(tickets) == 1:
+                self._fail(tickets, error)
+            for ticket in tickets if len(tickets) > 1 else ():
+                self._finish([ticket])
+            return
+        decoded = time.perf_counter()
+        for ticket, own, pictures in zip(tickets, latents, images, strict=True):
+            try:
+                spent = ticket.spent(began, decoded)
+                result = make_result(self.components, ticket.settled, own, pictures, spent, ticket.warnings)
+            except Exception as error:  # boundary: a failed safety hook ends its own job
+                self._fail([ticket], error)
+                continue
+            ticket.job.report(Event(update=ticket.updates, total=ticket.updates, result=result))
+            ticket.job.finish(result)
 
     def _drop_cancelled(self, ticket: Ticket) -> bool:
         if ticket.job.cancelled:
@@ -318,7 +336,7 @@ class Engine:
             rows = set(ticket.rows)
             self._scheduler.remove(rows)
             for bucket, batch in list(self._batches.items()):
-                stay = [position for position, owner in enumerate(batch.owners) if owner not in rows]
-                if len(stay) < len(batch):
-                    self._leave(bucket, batch, stay, [])
+                positions = [position for position, owner in enumerate(batch.owners) if owner in rows]
+                if positions:
+                    self._leave(bucket, batch, positions)
             ticket.job.finish(error)

@@ -11,19 +11,21 @@ from typing import Any
 
 import torch
 
-from .batch import Batch
+from .batch import Arrivals
 from .components import Components
 from .conditioning import text as clip
 from .errors import NumericsError, RequestError
 from .models.unet import Conditioning
 from .models.vae import from_model
-from .models.vae_tiling import sliced, tiled
+from .models.vae_tiling import tiled
 from .request import Request
 from .sampling.guidance import guidance_embedding
 from .sampling.noise import initial_noise
 from .settling import Settled
 
 TILE = 64
+MEGAPIXEL = 1024 * 1024
+"""decode_rows of 0 decodes this many pixels together: below it, one image does not fill a large GPU."""
 UNTILED_PIXELS = 1536 * 1536
 """vae_tiling="auto" decodes in tiles above this: memory grows with the area, and the attention in the middle of the VAE
 with its square."""
@@ -44,56 +46,62 @@ def encode(parts: Components, batch: Sequence[Settled]) -> list[tuple[Conditioni
     return [_text_conditioning(parts, one, prompts) for one in batch]
 
 
-def start(
-    parts: Components, settled: Settled, conditioning: Conditioning, images: Sequence[int], owners: Sequence[Any]
-) -> Batch:
+def start(parts: Components, settled: Settled, conditioning: Conditioning, images: Sequence[int]) -> Arrivals:
     """The rows of the request's images at `images` before their first update, on the engine's device."""
     device = parts.config.device
     dtype = torch.float64 if parts.config.dtype == torch.float64 else torch.float32
-    plan, rows = settled.plan, len(images)
+    plan = settled.plan
     noise = torch.cat([_noise(parts, settled, index) for index in images])
-    x = (noise.to(dtype) * plan.init_scale).to(device)
-    table = torch.from_numpy(plan.table()).to(dtype).to(device)
     timesteps = torch.tensor(plan.timesteps, dtype=torch.float32, device=device)
-    weights = [settled.guidance_scale, 1 - settled.guidance_scale] if settled.branches == 2 else [1.0]
-    model_rows = [index * settled.branches + branch for index in images for branch in range(settled.branches)]
-    return Batch(
-        owners=list(owners),
-        branches=[settled.branches] * rows,
-        x=x,
-        base=x.clone(),
-        history=x.new_zeros(rows, 3, *x.shape[1:]),
-        model_input=x * plan.updates[0].c_in,
-        table=table.expand(rows, -1, -1).contiguous(),
-        update=torch.zeros(rows, dtype=torch.int64, device=device),
-        weights=torch.tensor(weights, dtype=dtype, device=device).expand(rows, -1).contiguous(),
-        rescale=torch.full((rows,), settled.request.guidance_rescale, dtype=dtype, device=device),
-        seeds=torch.tensor([settled.seeds[i] for i in images], dtype=torch.int64, device=device),
-        bad=torch.zeros(rows, dtype=torch.bool, device=device),
+    rows = [index * settled.branches + branch for index in images for branch in range(settled.branches)]
+    return Arrivals(
+        x=(noise.to(dtype) * plan.init_scale).to(device),
+        c_in=plan.updates[0].c_in,
+        table=torch.from_numpy(plan.table()).to(dtype).to(device),
+        weights=[settled.guidance_scale, 1 - settled.guidance_scale] if settled.branches == 2 else [1.0],
+        rescale=settled.request.guidance_rescale,
+        seeds=[settled.seeds[index] for index in images],
         draws=2 if plan.stochastic else 0,
-        rescaled=settled.request.guidance_rescale > 0,
-        prepared=parts.denoiser.prepare(_select(conditioning, model_rows), timesteps.expand(len(model_rows), -1)),
+        channels=parts.denoiser.config.out_channels,
+        prepared=parts.denoiser.prepare(_select(conditioning, rows), timesteps.expand(len(rows), -1)),
     )
 
 
 def decode(parts: Components, latents: torch.Tensor) -> torch.Tensor:
     """Images float32 [n, 3, H, W] in 0..1 on the engine's device from final latents [n, C, h, w].
 
-    Decodes one image at a time, or all in overlapping tiles where configured. Raises NumericsError instead of returning
+    Decodes as many images together as configured, or in overlapping tiles. Raises NumericsError instead of returning
     NaN.
     """
     if parts.vae is None:
         images = latents.float()
     else:
+        pixels = latents.shape[-1] * latents.shape[-2] * parts.scale**2
         scaled = from_model(latents, parts.vae.config).to(parts.config.vae_dtype)
-        whole = latents.shape[-1] * latents.shape[-2] * parts.scale**2 <= UNTILED_PIXELS
+        whole = pixels <= UNTILED_PIXELS
         tiles = not whole if parts.config.vae_tiling == "auto" else parts.config.vae_tiling
-        one = scaled[:1, :, :TILE, :TILE] if tiles else scaled[:1]
+        chunk = parts.config.decode_rows or max(1, MEGAPIXEL // pixels)
+        one = scaled[:1, :, :TILE, :TILE] if tiles else scaled[:chunk]
         parts.binders["vae"].bind(tuple(one.shape[1:]), partial(parts.vae.decode, one))
-        images = (tiled(parts.vae.decode, scaled, TILE) if tiles else sliced(parts.vae.decode, scaled)).float()
+        decoded = [
+            tiled(parts.vae.decode, part, TILE) if tiles else parts.vae.decode(part)
+            for part in scaled.split(1 if tiles else chunk)
+        ]
+        images = torch.cat(decoded).float()
     if not torch.isfinite(images).all():
         raise NumericsError(f"the VAE produced NaN or Inf in {parts.config.vae_dtype}; load with vae_dtype='float32'")
     return (images / 2 + 0.5).clamp(0, 1)
+
+
+def decode_each(
+    parts: Components, latents: Sequence[torch.Tensor], wanted: Sequence[bool]
+) -> list[torch.Tensor | None]:
+    """The images of several requests of one size, decoded together; None for a request that wants latents only."""
+    chosen = [own for own, asked in zip(latents, wanted, strict=True) if asked]
+    if not chosen:
+        return [None] * len(latents)
+    images = iter(decode(parts, torch.cat(chosen)).split([len(own) for own in chosen]))
+    return [next(images) if asked else None for asked in wanted]
 
 
 def _noise(parts: Components, settled: Settled, index: int) -> torch.Tensor:

@@ -1,65 +1,204 @@
-"""How one update of a batch is executed. Eager: the denoiser, then one `sampler_step` for all rows."""
+"""How one update of a batch is executed: the denoiser, then one `sampler_step` for all rows, on the batch's tensors.
+
+eager: op by op, exactly the rows there are. graph: the same ops captured into one CUDA graph per number of model rows,
+padded to a planned one. compiled: the denoiser through torch.compile, padded too, and captured on CUDA.
+"""
 
 from __future__ import annotations
 
+from collections import OrderedDict
+from collections.abc import Hashable
 from functools import partial
 from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
+from torch import Tensor
 
 from ..kernels import sampler_step
 from ..kernels.dispatch import Site
 from ..kernels.sampler_step.columns import Column
-from .batch import Batch
+from .batch import WINDOW, Batch, State
 from .binding import Binder
+from .compile import Compiled
 from .components import Components
+from .config import ResolvedConfig
+from .errors import DeviceError
+from .graphs import Captures, CudaRecorder, Recorder, planned_sizes
 from .sampling.guidance import rescale_weights
 
 
 class Before(NamedTuple):
-    """What an update saw, for a preview of it.
+    """What an update saw, for a preview of it; to be read before the next one. x: [R, C, h, w]."""
 
-    The model's outputs [R, J, C, h, w] and the weights [R, J] they were summed with.
+    x: Tensor
+    batch: Batch
+
+    def denoised(self, rows: list[int]) -> Tensor:
+        """The denoised estimate D = clamp(p x + q sum_j w_j F_j) [n, C, h, w] of the rows at these positions."""
+        state, x = self.batch.state, self.x[rows]
+        lines = state.table[rows, (state.update - 1 - state.first_line)[rows]]
+        p, q, bound = (lines[:, column, None, None, None] for column in (Column.P, Column.Q, Column.CLAMP))
+        outputs = state.outputs[state.model_rows[rows]][:, :, : x.shape[1]].to(x.dtype)
+        weights = rescale_weights(outputs, state.weights[rows], state.rescale[rows]).to(x.dtype)
+        total = (weights[:, :, None, None, None] * outputs).sum(1)
+        return (p * x + q * total).clamp(-bound, bound)
+
+
+class Runner:
+    """Runs updates as the configuration says, and keeps the buffers and captures of buckets that may come back.
+
+    recorder: how updates are captured; None: CUDA graphs where they are wanted.
     """
 
-    x: torch.Tensor
-    outputs: torch.Tensor
-    weights: torch.Tensor
-    table: torch.Tensor
-    update: torch.Tensor
-
-    def denoised(self, rows: list[int]) -> torch.Tensor:
-        """The denoised estimate D = clamp(p x + q sum_j w_j F_j) [n, C, h, w] of the rows at these positions."""
-        columns = (Column.P, Column.Q, Column.CLAMP)
-        lines = self.table[rows, self.update[rows]]
-        p, q, bound = (lines[:, column, None, None, None] for column in columns)
-        total = (self.weights[rows, :, None, None, None] * self.outputs[rows]).sum(1)
-        return (p * self.x[rows] + q * total).clamp(-bound, bound)
-
-
-class EagerRunner:
-    """Runs updates op by op, with the implementations the components' dispatch bound."""
-
-    def __init__(self, parts: Components) -> None:
-        self.parts = parts
+    def __init__(self, parts: Components, recorder: Recorder | None = None) -> None:
+        config = parts.config
+        self.parts, self.mode = parts, config.runner
         self.step = Site(sampler_step)
-        self.binder = Binder(self.step, parts.config)
+        self.binder = Binder(self.step, config)
+        guided = parts.family.text != "none" and parts.denoiser.config.time_cond_dim is None
+        self.width = 2 if guided and self.mode != "eager" else 1
+        self.sizes = planned_sizes(config.max_rows * self.width)
+        self.compiled = Compiled(parts.denoiser, len(self.sizes)) if self.mode == "compiled" else None
+        if recorder is None and self.mode != "eager" and config.device.type == "cuda":
+            recorder = CudaRecorder(config.device)
+        self.captures = None if recorder is None else Captures(recorder, config.graph_bytes)
+        self._idle: OrderedDict[Hashable, Batch] = OrderedDict()
+        self._states: WeakKeyDictionary[Batch, State] = WeakKeyDictionary()
+
+    def batch(self, bucket: Hashable) -> Batch:
+        """An empty batch for a bucket: the one that was kept, or a new one."""
+        if bucket in self._idle:
+            return self._idle.pop(bucket)
+        return Batch(self.parts.config.max_rows, self.width)
+
+    def retire(self, bucket: Hashable, batch: Batch) -> None:
+        """Take back a batch that has become empty. With its captures it is kept, up to the byte budget."""
+        if self.captures is None or not batch.capacity:
+            return
+        self._idle[bucket] = batch
+        while sum(kept.bytes for kept in self._idle.values()) > self.captures.budget:
+            self._drop(next(iter(self._idle)))
+
+    def release(self) -> None:
+        """Give back the memory of buckets that do not run."""
+        for bucket in list(self._idle):
+            self._drop(bucket)
+        if self.parts.config.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     @torch.inference_mode()
-    def update(self, batch: Batch) -> Before:
-        """One network evaluation and sampler update of every row, in place of the batch's tensors."""
-        latents = batch.model_input.to(self.parts.config.dtype)[batch.row_of]
-        denoise = partial(self.parts.denoiser, latents, batch.prepared, batch.update[batch.row_of])
-        self.parts.binders["unet"].bind(tuple(latents.shape), denoise)
-        outputs = denoise()[batch.model_rows].to(batch.x.dtype)
-        weights = batch.weights
-        if batch.rescaled:
-            weights = rescale_weights(outputs, weights, batch.rescale).to(batch.x.dtype)
-        before = Before(batch.x, outputs, weights, batch.table, batch.update)
-        state = (batch.x, batch.base, batch.history, outputs, batch.table, batch.update, weights, batch.seeds)
-        step = partial(self.step, *state, draws=batch.draws)
-        self.binder.bind((tuple(outputs.shape), batch.draws), step)
-        batch.x, batch.base, batch.history, batch.model_input, bad = step()
-        batch.bad |= bad
-        batch.update = batch.update + 1
+    def update(self, batch: Batch, preview: bool = False) -> Before | None:
+        """One network evaluation and sampler update of every row, in place; what it saw, if that is asked for.
+
+        Nothing waits for the device. A batch whose update ran out of memory is as it was before.
+        """
+        batch.refill()
+        before = Before(batch.state.x[: len(batch)].clone(), batch) if preview else None
+        if self.mode == "eager":
+            self._run(batch.prefix(len(batch), batch.model_rows), batch.draws, batch.rescaled)
+        else:
+            self._replay(batch, self._planned(batch, batch.model_rows))
+        batch.advance()
         return before
+
+    @torch.inference_mode()
+    def warm(self, batch: Batch, rows: int) -> None:
+        """Make room for `rows` rows and record (or compile) every planned number of model rows, the largest first."""
+        if self.mode == "eager":
+            return
+        batch.reserve(rows, batch.width)
+        for size in reversed(planned_sizes(rows * batch.width)):
+            self._replay(batch, size, only_record=True)
+
+    def explain(self) -> str:
+        """Mode, planned numbers of model rows, captures and the memory they and the idle buffers hold."""
+        lines = [f"runner {self.mode}"]
+        if self.mode != "eager":
+            lines[0] += f", model rows padded to {', '.join(map(str, self.sizes))}"
+        if self.compiled is not None:
+            lines.append(f"  compiled {self.compiled.count} shapes, at most {len(self.sizes)} per bucket")
+        if self.captures is not None:
+            c, idle = self.captures, sum(batch.bytes for batch in self._idle.values())
+            lines += [
+                f"  {c.captured} captures made, {c.replayed} replays",
+                f"  kept: {len(c)} captures with {_mib(c.bytes)}, {len(self._idle)} idle buckets with {_mib(idle)}; "
+                f"at most {_mib(c.budget)} for each",
+            ]
+        lines += ["sampler:", *(f"  {line}" for line in self.binder.explain().splitlines())]
+        return "\n".join(lines)
+
+    def _planned(self, batch: Batch, model_rows: int) -> int:
+        return next(n for n in planned_sizes(batch.capacity * batch.width) if n >= model_rows)
+
+    def _replay(self, batch: Batch, size: int, only_record: bool = False) -> None:
+        """An update of `size` model rows, and of as many rows as could need them."""
+        rescaled = batch.rescaled
+        state = batch.prefix(min(size, batch.capacity), size)
+        draws = batch.draws if self.captures is None else 2  # rows that draw no noise cost the kernel nothing
+        run = partial(self._run, state, draws, rescaled)
+        changed = [state.x, state.base, state.history, state.update, state.bad, state.model_input]
+        if self.captures is not None:
+            self._forget_outgrown(self.captures, batch)
+            act = self.captures.capture if only_record else self.captures.replay
+            act((batch.state, size, rescaled), run, changed)
+        elif only_record:
+            saved = [tensor.clone() for tensor in changed]
+            run()
+            torch._foreach_copy_(changed, saved)
+        else:
+            run()
+
+    def _run(self, state: State, draws: int, rescaled: bool) -> None:
+        """The update itself. All memory is taken before anything changes."""
+        at = (state.update - state.first_line).clamp(0, WINDOW - 1)  # runs before a capture go beyond the window
+        inputs = (state.model_input, state.prepared, at[state.row_of])
+        denoise = partial(self.parts.denoiser, *inputs)
+        self.parts.binders["unet"].bind(tuple(state.model_input.shape), denoise)
+        outputs = denoise() if self.compiled is None else self.compiled(*inputs)
+        state.outputs[: len(outputs)].copy_(outputs)
+        weights = state.weights
+        if rescaled:
+            branches = state.outputs[state.model_rows][:, :, : state.x.shape[1]]
+            weights = rescale_weights(branches, weights, state.rescale).to(weights.dtype)
+        step = partial(
+            self.step,
+            *(state.x, state.base, state.history, state.outputs, state.table, state.update, weights, state.seeds),
+            draws=draws,
+            model_rows=state.model_rows,
+            first_line=state.first_line,
+        )
+        self.binder.bind((tuple(state.outputs.shape), tuple(state.model_rows.shape), draws), step)
+        x, base, history, model_input, bad = step()
+        torch._foreach_copy_(
+            [state.x, state.base, state.history, state.model_input],
+            [x, base, history, model_input[: len(state.model_input)]],
+        )
+        state.bad.logical_or_(bad)
+        state.update.add_(1)
+
+    def _forget_outgrown(self, captures: Captures, batch: Batch) -> None:
+        """Captures of a batch that has grown since hold tensors that nobody uses any more."""
+        before = self._states.get(batch)
+        if before is not batch.state:
+            captures.forget(before)
+            self._states[batch] = batch.state
+
+    def _drop(self, bucket: Hashable) -> None:
+        batch = self._idle.pop(bucket)
+        if self.captures is not None:
+            self.captures.forget(batch.state)
+
+
+def out_of_memory(config: ResolvedConfig, rows: int, error: BaseException) -> DeviceError:
+    """The error for a request that did not fit, `rows` images running together."""
+    failed = DeviceError(
+        f"out of memory on {config.device} with {rows} images in the batch; make smaller or fewer images, or load with "
+        f"a smaller max_rows (now {config.max_rows})"
+    )
+    failed.__cause__ = error
+    return failed
+
+
+def _mib(count: int) -> str:
+    return f"{count / 2**20:.1f} MiB"

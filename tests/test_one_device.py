@@ -15,11 +15,12 @@ import torch
 
 from stepfuse import Engine, Request
 from stepfuse.engine import pipeline
+from stepfuse.engine.batch import Batch
 from stepfuse.engine.binding import Binder
 from stepfuse.engine.components import Components
 from stepfuse.engine.models.unet import UNet
 from stepfuse.engine.models.vae import AutoencoderKL
-from stepfuse.engine.runner import EagerRunner
+from stepfuse.engine.runner import Runner
 from stepfuse.engine.settling import settle
 
 pytestmark = pytest.mark.slow  # left out by `.ci/run quick`
@@ -51,15 +52,18 @@ def test_an_update_reads_nothing_back_and_mixes_no_devices(
     request = Request(prompt="a cat", seed=1, n=2, steps=4, sampler=sampler, guidance_rescale=0.3)
     settled = settle(parts, request)
     ((conditioning, _),) = pipeline.encode(parts, [settled])
-    batch = pipeline.start(parts, settled, conditioning, [0, 1], ["a", "b"])
-    runner = EagerRunner(parts)
+    runner, batch = Runner(parts), Batch(max_rows=4)
+    batch.join(pipeline.start(parts, settled, conditioning, [0, 1]), ["a", "b"])
     runner.update(batch)
-    batch = batch.join(batch.select([1]))
-    before = runner.update(batch)
-    assert {t.device for t in (batch.x, batch.history, batch.table, batch.update, batch.bad)} == {META}
-    assert batch.x.shape[0] == len(batch) == 3
-    assert batch.x.dtype == torch.float32
-    assert before.denoised([0, 2]).shape == batch.x[:2].shape
+    batch.leave([0])
+    batch.join(pipeline.start(parts, settled, conditioning, [0, 1]), ["c", "d"])
+    before = runner.update(batch, preview=True)
+    state = batch.state
+    assert {t.device for t in (*state.of_rows(), *state.of_model_rows(), state.row_of, state.outputs)} == {META}
+    assert batch.owners == ["b", "c", "d"]
+    assert state.x.dtype == torch.float32
+    assert before is not None
+    assert before.denoised([0, 2]).shape == state.x[:2].shape
 
 
 def test_reading_a_value_would_be_noticed() -> None:

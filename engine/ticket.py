@@ -1,0 +1,80 @@
+"""What the engine knows about one job while it runs."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .models.unet import Conditioning
+from .request import Job
+from .settling import Settled
+
+
+@dataclass(eq=False)
+class Ticket:
+    """Engine-side state of one job; row i of it is image i.
+
+    done: updates of every row that has started; latents: of the rows that have ended; bad: NaN or Inf was seen in them;
+    warm: rows to make ready for, where the job only warms up.
+    """
+
+    job: Job
+    settled: Settled
+    warm: int = 0
+    submitted: float = field(default_factory=time.perf_counter)
+    conditioning: Conditioning | None = None
+    warnings: tuple[str, ...] = ()
+    done: dict[int, int] = field(default_factory=dict)
+    latents: dict[int, torch.Tensor] = field(default_factory=dict)
+    bad: bool = False
+    timings: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def updates(self) -> int:
+        """Network evaluations of one row."""
+        return len(self.settled.plan.updates)
+
+    @property
+    def rows(self) -> list[Row]:
+        """Ids of all rows."""
+        return [(self, index) for index in range(len(self.settled.seeds))]
+
+    @property
+    def bucket(self) -> tuple[Any, ...]:
+        """Rows with equal buckets can share a forward: size in pixels, text length, and whether it is masked."""
+        hidden = None if self.conditioning is None else self.conditioning.hidden
+        masked = self.conditioning is not None and self.conditioning.kv_len is not None
+        return self.settled.height, self.settled.width, None if hidden is None else hidden.shape[1], masked
+
+    @property
+    def complete(self) -> bool:
+        """Whether all rows have ended."""
+        return len(self.latents) == len(self.settled.seeds)
+
+    def progress(self, coming: int = 0) -> int:
+        """Updates the job has seen, its rows' average; `coming`: row updates that are about to be added."""
+        return (sum(self.done.values()) + coming) // len(self.settled.seeds)
+
+    def wants_preview(self, coming: int = 0) -> bool:
+        """Whether the event after these row updates carries a preview."""
+        every = self.job.preview_every
+        return every > 0 and self.progress(coming) % every == 0
+
+    def spent(self, ended: float, decoded: float) -> dict[str, float]:
+        """Seconds of each phase, for rows that ended and pictures that were decoded at these times."""
+        return {
+            "encode": self.timings["encode"],
+            "denoise": ended - self.timings["began"],
+            "decode": decoded - ended,
+            "total": decoded - self.submitted,
+        }
+
+    def stacked(self) -> torch.Tensor:
+        """Final latents of all rows [n, C, h, w], in order."""
+        return torch.stack([self.latents[index] for index in range(len(self.latents))])
+
+
+Row = tuple[Ticket, int]
