@@ -1,4 +1,4 @@
-"""The command line: `stepfuse generate | models | doctor | bench`. Imports torch only when a command needs it.
+"""The command line: `stepfuse generate | models | doctor | bench | export`. Imports torch only when a command needs it.
 
 Exit codes: 0 done; 1 other failure; 2 bad request or option; 3 checkpoint problem; 4 device problem; 5 NaN or Inf;
 6 cancelled; 130 interrupted.
@@ -221,8 +221,10 @@ def _readable_errors() -> Iterator[None]:
 def main() -> None:
     """Entry point of the `stepfuse` command."""
     from .benchmarks.cli import app as bench
+    from .export.cli import app as export
 
-    if not any(group.name == "bench" for group in app.registered_groups):
-        app.add_typer(bench, name="bench")
+    for name, group in (("bench", bench), ("export", export)):
+        if not any(known.name == name for known in app.registered_groups):
+            app.add_typer(group, name=name)
     with _readable_errors():
         app()

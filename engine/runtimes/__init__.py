@@ -1,0 +1,1 @@
+"""Runtimes: exported graphs behind the interface of our own networks."""

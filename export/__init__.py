@@ -1,0 +1,1 @@
+"""Exporters: the engine's own graphs as ONNX models, each with a manifest and a parity report."""

@@ -1,0 +1,139 @@
+"""`stepfuse export ...`: make artefacts, prove them, look into them. Imports torch only when a command runs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from ..engine.errors import RequestError
+
+if TYPE_CHECKING:
+    import torch
+
+    from .verify import Report
+
+app = typer.Typer(help="Turn a model into files other runtimes execute, and prove them.", no_args_is_help=True)
+out = Console(highlight=False, soft_wrap=True)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+Folder = Annotated[Path, typer.Argument(help="Folder of an artefact.")]
+
+
+@app.callback()
+def export() -> None:
+    """Turn a model into files other runtimes execute, and prove them."""
+
+
+@app.command()
+def onnx(
+    model: Annotated[str, typer.Argument(help="Built-in name, checkpoint folder, or cached hub id org/name.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; new, or an older artefact.")],
+    components: Annotated[
+        str | None, typer.Option(help="unet,vae_decoder,...; default: all the checkpoint has.")
+    ] = None,
+    shapes: Annotated[str, typer.Option(help="Resolutions WIDTHxHEIGHT in pixels, for the profiles.")] = "512x512",
+    rows: Annotated[str, typer.Option(help="Rows of the network, for the profiles.")] = "1,2",
+    dtype: Annotated[str, typer.Option(help="float32, fp16, bf16.")] = "float32",
+    opset: Annotated[int, typer.Option(help="23, or 21 and 18 for older runtimes.")] = 23,
+    weights: Annotated[str, typer.Option(help="copy, or link: hard links of the checkpoint's files.")] = "copy",
+    keep: Annotated[str, typer.Option(help="Ops kept as stepfuse:: nodes: attention,geglu,group_norm_silu.")] = "",
+    variant: Annotated[str | None, typer.Option(help="Weight file variant, e.g. fp16.")] = None,
+    download: Annotated[
+        bool, typer.Option("--download", help="Fetch a hub id that is not in the local cache.")
+    ] = False,
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="Make no parity report.")] = False,
+    reference: Annotated[str, typer.Option(help="float64, or float32 where memory is short.")] = "float64",
+) -> None:
+    """Export to ONNX, in the folder layout of diffusers, and compare every graph with float64."""
+    found = {
+        "components": _names(components or ""), "shapes": tuple(_shape(text) for text in _names(shapes)),
+        "rows": tuple(_row(text) for text in _names(rows)), "keep": _names(keep),
+    }  # fmt: skip
+    if weights not in ("copy", "link"):
+        raise RequestError(f"--weights: got {weights!r}, expected copy or link")
+    from .folder import Options, export_onnx, open_source, resolve_dtype
+    from .verify import verify
+
+    options = Options(
+        **found, dtype=resolve_dtype(dtype), opset=opset, where=weights, variant=variant, download=download
+    )
+    manifest = export_onnx(model, output, options, lambda text: err.print(text))
+    for name, graph in manifest.graphs.items():
+        size = sum(file.stat().st_size for file in (output / name).iterdir())
+        err.print(f"{name}: {graph.dtype}, {size / 2**20:.1f} MiB, weights by {graph.options['weights']}")
+    if not no_verify:
+        _conclude(verify(output, open_source(model, options), _reference(reference), lambda text: err.print(text)))
+
+
+@app.command()
+def verify(
+    folder: Folder,
+    model: Annotated[str | None, typer.Option(help="The checkpoint; default: the weights in the artefact.")] = None,
+    reference: Annotated[str, typer.Option(help="float64, or float32 where memory is short.")] = "float64",
+) -> None:
+    """Run every graph and compare it with float64; fails past the tolerance. Writes parity.md and parity.json."""
+    from .folder import Options, open_source
+    from .verify import verify as run
+
+    source = None if model is None else open_source(model, Options())
+    _conclude(run(folder, source, _reference(reference), lambda text: err.print(text)))
+
+
+@app.command()
+def inspect(
+    folder: Folder, as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False
+) -> None:
+    """Layers, types, sizes and operators of every graph."""
+    from .inspect import inspect as read
+
+    found = read(folder)
+    if as_json:
+        sys.stdout.write(json.dumps([contents.as_json() for contents in found], indent=2) + "\n")
+        return
+    for contents in found:
+        graph = contents.graph
+        sizes = ", ".join(f"{kind} {size / 2**20:.1f} MiB" for kind, size in contents.bytes.items())
+        out.print(
+            f"[bold]{contents.name}[/]  {graph.dtype}, {contents.nodes} nodes, {contents.tensors} tensors: {sizes}"
+        )
+        for port in (*graph.inputs, *graph.outputs):
+            arrow = "->" if port in graph.outputs else "  "
+            out.print(f"  {arrow} {port.name}  {port.dtype} {list(port.shape)}", markup=False)
+        out.print("  " + ", ".join(f"{op} {count}" for op, count in contents.ops.items()), markup=False)
+
+
+def _conclude(report: Report) -> None:
+    """Print the report and fail with exit code 1 where a graph is not what it should be."""
+    out.print(report.markdown(), markup=False, end="")
+    if not report.passed:
+        raise typer.Exit(1)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _shape(text: str) -> tuple[int, int]:
+    width, cross, height = text.lower().partition("x")
+    if not (cross and width.isdecimal() and height.isdecimal()):
+        raise RequestError(f"--shapes: got {text!r}, expected WIDTHxHEIGHT such as 768x512")
+    return int(width), int(height)
+
+
+def _row(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise RequestError(f"--rows: got {text!r}, expected whole numbers such as 1,2,4")
+    return int(text)
+
+
+def _reference(name: str) -> torch.dtype:
+    import torch
+
+    if name not in ("float64", "float32"):
+        raise RequestError(f"--reference: got {name!r}, expected float64 or float32")
+    return getattr(torch, name)

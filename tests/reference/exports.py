@@ -1,0 +1,78 @@
+"""Small published structures for exports: two levels instead of four, so that recording them takes seconds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.models.controlnets.controlnet import ControlNetModel
+from diffusers.schedulers.scheduling_pndm import PNDMScheduler
+from torch import nn
+from transformers import CLIPTextModelWithProjection
+
+from . import pipelines
+from .networks import CONTROL, CROSS_DOWN, CROSS_UP, DOWN, SD, SD2, SDXL, UP, UPSCALER, vae
+from .random_weights import randomize
+
+TWO_LEVELS = {"down_block_types": (CROSS_DOWN, DOWN), "up_block_types": (UP, CROSS_UP)}
+SMALL_SD = SD | TWO_LEVELS | {"block_out_channels": (40, 80)}
+SMALL_SD2 = SD2 | TWO_LEVELS | {"block_out_channels": (64, 128), "attention_head_dim": (1, 2)}
+SMALL_SDXL = SDXL | {
+    "down_block_types": (DOWN, CROSS_DOWN),
+    "up_block_types": (CROSS_UP, UP),
+    "block_out_channels": (32, 64),
+    "transformer_layers_per_block": (1, 2),
+    "attention_head_dim": (1, 2),
+}
+SMALL_UPSCALER = UPSCALER | {
+    "down_block_types": (DOWN, CROSS_DOWN),
+    "up_block_types": (CROSS_UP, UP),
+    "block_out_channels": (32, 64),
+    "only_cross_attention": (True, False),
+}
+SMALL_CONTROL = {k: v for k, v in SMALL_SD.items() if k not in ("sample_size", "up_block_types")} | CONTROL
+
+
+def _module(cls: str, config: dict[str, Any]) -> nn.Module:
+    return getattr(diffusers, cls)(**config)
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "sd2": lambda: _module("UNet2DConditionModel", SMALL_SD2),
+    "sdxl": lambda: _module("UNet2DConditionModel", SMALL_SDXL),
+    "x4_upscaler": lambda: _module("UNet2DConditionModel", SMALL_UPSCALER),
+    "controlnet": lambda: ControlNetModel(**SMALL_CONTROL),
+    "vae": lambda: _module("AutoencoderKL", vae(widths=(8, 16), force_upcast=False)),
+    "text_projection": lambda: CLIPTextModelWithProjection(pipelines.text_config("gelu")),
+}
+
+
+def build_network(name: str, folder: Path) -> nn.Module:
+    """Build, randomise and save one of NETWORKS in float32; returns it in float64."""
+    module: Any = NETWORKS[name]()
+    randomize(module, f"export.{name}")
+    module.save_pretrained(folder)
+    return module.double().eval()
+
+
+def build_pipeline(folder: Path) -> Any:
+    """A complete Stable Diffusion pipeline of two levels, saved in float32; returns it."""
+    scheduler = PNDMScheduler(**pipelines.SCHEDULE, skip_prk_steps=True, set_alpha_to_one=False)
+    pipeline = diffusers.StableDiffusionPipeline(
+        vae=diffusers.AutoencoderKL(**vae()),
+        text_encoder=pipelines.CLIPTextModel(pipelines.text_config("quick_gelu")),
+        tokenizer=pipelines.tokenizer(),
+        unet=diffusers.UNet2DConditionModel(**SMALL_SD),
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    for component, module in pipeline.components.items():
+        if isinstance(module, torch.nn.Module):
+            randomize(module, f"export.{component}")
+    pipeline.save_pretrained(folder)
+    return pipeline
