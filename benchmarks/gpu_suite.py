@@ -4,6 +4,7 @@ Parts run in processes of their own with a time box each, the most valuable firs
 it is measured, and `DIR/bundle.tar` is rewritten after each part, so whatever ends the run leaves what was measured.
 `--resume` (with an earlier bundle or folder) measures only what is missing. `--merge bundle.tar` spreads a bundle into
 `benchmarks/results/<device>/` and `kernels/<op>/configs/`. `--device cpu --tiny` runs every line on small shapes.
+`--plan` prints how thirty minutes are best spent, and `--call A` runs a call of that plan (gpu_windows.py).
 """
 
 from __future__ import annotations
@@ -11,19 +12,25 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import os
 import re
+import shutil
+import signal
 import subprocess
 import sys
 import tarfile
 import tempfile
 import time
 import zipfile
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
-from . import harness
+from . import gpu_windows, harness
 
 ROOT = Path(__file__).resolve().parent.parent
+HEADLINES = {"ms": "ms", "p50_s": "s", "us": "us"}  # a record's headline number and its unit
 GRACE = 15.0  # seconds beyond its box in which a part may still finish the measurement at hand
 
 
@@ -51,7 +58,8 @@ PARTS = (
     Part("vae-ablation", "vae_ablation", 120, "our decoding with one op switched at a time, as a graph"),
     Part("vae", "vaes", 180, "decoding: dtype, layout, folding, compilation"),
     Part("latency", "latencies", 60, "our engine, end to end, with the built-in model"),
-    Part("tests", "gpu_tests", 180, "the GPU tests"),
+    Part("tests", "gpu_tests", 180, "the GPU tests: every op's contract, tuning, timing"),
+    Part("sanitizer", "sanitizer", 100, "three kernels under compute-sanitizer: memcheck, then racecheck"),
     Part("unet-autotune", "unets_autotuned", 270, "SDXL baseline with Inductor's max-autotune"),
 )
 
@@ -63,8 +71,10 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, help="folder for records, logs and bundle.tar")
     parser.add_argument("--bundle", type=Path, help="write the bundle here instead of DIR/bundle.tar")
-    parser.add_argument("--seconds", type=float, default=540.0, help="for everything; parts that do not fit are left")
+    parser.add_argument("--seconds", type=float, help="for everything (540); parts that do not fit are left")
     parser.add_argument("--parts", help=f"comma-separated, of: {', '.join(p.name for p in PARTS)}")
+    parser.add_argument("--call", help="the parts and times of one call of the plan: A, B or C")
+    parser.add_argument("--plan", action="store_true", help="print the plan of a thirty-minute window and stop")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--tiny", action="store_true", help="smallest shapes; proves the code, measures nothing")
     parser.add_argument("--resume", type=Path, nargs="?", const=Path(), help="keep what --out, or this bundle, holds")
@@ -77,13 +87,32 @@ def main(arguments: list[str] | None = None) -> int:
         for part in PARTS:
             print(f"{part.name:16} {part.seconds:4.0f} s  {part.about}")
         return 0
+    if options.plan:
+        print(gpu_windows.plan({part.name: part.about for part in PARTS}), end="")
+        return 0
     if options.merge:
         for path in merge(options.merge, options.into):
             print(path)
         return 0
     if options.out is None:
         parser.error("--out DIR is needed: records, logs and bundle.tar go there")
-    return run(options, select(options.parts, parser))
+    return run(options, chosen(options, parser))
+
+
+def chosen(options: argparse.Namespace, parser: argparse.ArgumentParser) -> list[Part]:
+    """The parts to run, and `options.seconds` settled: those of --call, or of --parts, or all."""
+    if options.call is None:
+        options.seconds = options.seconds or 540.0
+        return select(options.parts, parser)
+    if options.parts:
+        parser.error("--call and --parts exclude each other: a call of the plan has its own parts")
+    try:
+        call = gpu_windows.call(options.call)
+    except ValueError as error:
+        parser.error(f"--call: {error}")
+    options.seconds = options.seconds or call.seconds
+    known = {part.name: part for part in PARTS}
+    return [replace(known[name], seconds=seconds) for name, seconds in call.parts.items()]
 
 
 def select(names: str | None, parser: argparse.ArgumentParser) -> list[Part]:
@@ -111,7 +140,10 @@ def run(options: argparse.Namespace, parts: list[Part]) -> int:
             target = out / "configs" / op / name
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(content)
+    if options.device.startswith("cuda"):
+        install(out / "configs", ROOT / "kernels")
     packages = _unpack(options.wheels) if options.wheels else None
+    bundle(out, options.bundle)  # so that there is one, whatever comes
     deadline = time.monotonic() + options.seconds
     finished = {r["part"] for r in harness.read(records) if r.get("key") == "end" and r.get("complete")}
     crashed = []
@@ -125,8 +157,10 @@ def run(options: argparse.Namespace, parts: list[Part]) -> int:
             box = min(part.seconds, left)
             start = time.monotonic()
             outcome = run_part(part, options, box, records, packages)
-            count = sum(r["part"] == part.name for r in harness.read(records))
-            print(f"{part.name}: {outcome}, {count} records, {time.monotonic() - start:.0f} s", flush=True)
+            made = [r for r in harness.read(records) if r["part"] == part.name]
+            failed = sum("error" in r for r in made)
+            took = f"{time.monotonic() - start:.0f} s"
+            print(f"{part.name}: {outcome}, {len(made)} records, {failed} of them errors, {took}", flush=True)
             if outcome != "ok":
                 crashed.append(part.name)
             bundle(out, options.bundle)
@@ -141,20 +175,38 @@ def run_part(part: Part, options: argparse.Namespace, box: float, records: Path,
     command += ["--packages", str(packages)] if packages else []
     log = options.out / f"{part.name}.log"
     with log.open("ab") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, process_group=0
+        )
         try:
             code = process.wait(timeout=box + GRACE)
         except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
             harness.append(records, {"part": part.name, "key": "killed", "time": harness.now(), "error": "time box"})
             return f"killed after {box + GRACE:.0f} s"
+        finally:  # what the part started must not run beside the next one
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
     if code != 0:
         lines = log.read_text(errors="replace").strip().splitlines()
         error = lines[-1][:400] if lines else "no output"
         harness.append(records, {"part": part.name, "key": "crashed", "time": harness.now(), "error": error})
         return f"exit {code}: {error}"
     return "ok"
+
+
+def install(folder: Path, kernels: Path) -> list[Path]:
+    """Copy configs/<op>/X of an earlier run to <op>/configs/X below `kernels`, for all parts to run with.
+
+    Returns the paths written.
+    """
+    written = []
+    for file in sorted(folder.glob("*/*.json")):
+        target = kernels / file.parent.name / "configs" / file.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, target)
+        written.append(target)
+    return written
 
 
 def bundle(out: Path, target: Path | None = None) -> Path:
@@ -176,17 +228,19 @@ def merge(archive: Path, into: Path) -> list[Path]:
     """
     written: list[Path] = []
     text = _member(archive, "records.jsonl").decode()
-    device, tiny = "unknown", False
+    machine: dict[str, Any] = {}
+    tiny = False
     for line in text.splitlines():
         try:
             record = json.loads(line)
         except json.JSONDecodeError:
             continue  # the last line of a killed process
         if record["key"] == "start":
-            device, tiny = harness.device_slug(record["fingerprint"]), bool(record["tiny"])
+            machine, tiny = record["fingerprint"], bool(record["tiny"])
         if tiny or "error" in record:
             continue
-        path = into / "benchmarks" / "results" / device / f"{record['part']}.jsonl"
+        path = into / "benchmarks" / "results" / harness.device_slug(machine) / f"{record['part']}.jsonl"
+        record = formed(record, machine)
         if record not in harness.read(path):
             harness.append(path, record)
             if path not in written:
@@ -200,6 +254,17 @@ def merge(archive: Path, into: Path) -> list[Path]:
         path.write_bytes(content)
         written.append(path)
     return written
+
+
+def formed(record: Mapping[str, Any], machine: Mapping[str, Any]) -> dict[str, Any]:
+    """A part's record in the form of `harness.measurement`: kind, name, headline value, and the machine it is of."""
+    facts = {name: value for name, value in record.items() if name not in ("part", "key", "fingerprint")}
+    source = facts.get("variants", {}).get("auto", facts) if record["part"].endswith("ablation") else facts
+    found = next(((source[name], unit) for name, unit in HEADLINES.items() if name in source), (None, ""))
+    made = harness.measurement(record["part"], record["key"], *found, machine, {}, **facts)
+    if record["part"] == "latency" and "p50_s" in facts:
+        made["latency"] = facts
+    return made
 
 
 def _configurations(archive: Path) -> dict[tuple[str, str], bytes]:

@@ -11,12 +11,12 @@ import shutil
 import statistics
 import subprocess
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "triton", "numpy", "transformers", "diffusers", "xformers", "safetensors")
+PACKAGES = ("torch", "triton", "numpy", "transformers", "diffusers", "xformers", "onnxruntime", "safetensors")
 CLOCK_FIELDS = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu", "clocks_event_reasons.active")
 
 
@@ -69,6 +69,33 @@ def now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
+def where(facts: Mapping[str, Any]) -> str:
+    """The device of a fingerprint in words: the GPU, or the processor and how many of its threads."""
+    return facts.get("gpu") or f"{facts['processor']} (CPU, {facts['threads']} threads)"
+
+
+def measurement(
+    kind: str, name: str, value: float | None, unit: str, machine: Mapping[str, Any], conditions: Mapping[str, Any],
+    **facts: Any,
+) -> dict[str, Any]:  # fmt: skip
+    """The one form of a record: its headline number, what it depends on, and everything else that was found.
+
+    kind: the command ("latency", "compare", ...). name: unique among the records of that kind in one run. value: the
+    headline number in `unit`, None where there is none. machine: `fingerprint(...)`. conditions: what was asked for.
+    """
+    return {
+        "time": now(),
+        "kind": kind,
+        "name": name,
+        "device": where(machine),
+        "value": value,
+        "unit": unit,
+        "conditions": dict(conditions),
+        **facts,
+        "fingerprint": dict(machine),
+    }
+
+
 def append(path: Path, record: Mapping[str, Any]) -> None:
     """Append one record as a line of JSON and flush it: what is measured survives whatever ends the process."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -96,6 +123,11 @@ def percentile(values: Iterable[float], percent: float) -> float:
     low = int(place)
     high = min(low + 1, len(ordered) - 1)
     return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+
+
+def percentiles(seconds: Sequence[float]) -> dict[str, float]:
+    """p50_s, p90_s and p99_s of some seconds. With fewer than a hundred of them p99 is close to the slowest."""
+    return {f"p{percent}_s": percentile(seconds, percent) for percent in (50, 90, 99)}
 
 
 class ClockLog:

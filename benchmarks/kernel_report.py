@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 Record = Mapping[str, Any]
@@ -37,50 +36,6 @@ def markdown(records: Sequence[Record]) -> str:
 def measurements(records: Sequence[Record]) -> list[Record]:
     """The records of measured shapes."""
     return [r for r in records if "variants" in r]
-
-
-def draw(records: Sequence[Record], path: Path) -> None:
-    """Save a picture: per op, the speed of every variant as a percentage of its roof, warm.
-
-    The roof is the copy of the same bytes, or the sustained matrix product where an op counts operations (attention).
-
-    Variants whose gate is red are left out. Raises ImportError where matplotlib is missing.
-    """
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise ImportError(
-            "the picture needs matplotlib: pip install 'stepfuse[bench]', or leave --report out"
-        ) from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    measured = measurements(records)
-    ops = list(dict.fromkeys(r["op"] for r in measured))
-    names = list(dict.fromkeys(name for r in measured for name in r["variants"]))
-    figure, axes = pyplot.subplots(len(ops), 1, figsize=(12, 3.2 * len(ops)), squeeze=False, layout="constrained")
-    for axis, op in zip(axes[:, 0], ops, strict=True):
-        own = [r for r in measured if r["op"] == op]
-        for index, name in enumerate(names):
-            bars = [
-                (place + (index - (len(names) - 1) / 2) * 0.8 / len(names), record["variants"][name])
-                for place, record in enumerate(own)
-                if name in record["variants"] and record["variants"][name]["gate"]["green"]
-            ]
-            heights = [_of_roof(facts["warm"]) for _, facts in bars]
-            axis.bar([x for x, _ in bars], heights, 0.8 / len(names), label=name, color=f"C{index}")
-        axis.axhline(100, color="gray", linewidth=0.8)
-        axis.set_title(op, loc="left")
-        axis.set_ylabel("% of product, warm" if own[0]["flops"] else "% of copy, warm")
-        labels = [f"{r['model']} x{r['count']}\n{r['shape'][:34]}" for r in own]
-        axis.set_xticks(range(len(own)), labels, fontsize=6, rotation=45 if len(own) > 4 else 0)
-        axis.legend(fontsize=7, ncols=len(names))
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
-
-
-def _of_roof(facts: Record) -> float:
-    return facts.get("percent_of_product", facts["percent_of_copy"])
 
 
 def _conditions(start: Record, records: Sequence[Record]) -> list[str]:

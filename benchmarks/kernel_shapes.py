@@ -71,7 +71,9 @@ class Shape:
     @property
     def key(self) -> str:
         """Unique among all shapes, and stable between runs."""
-        return f"{self.op} {self.model} {self.name}"
+        images = {name: i for name, i in self.inputs().items() if len(i.shape) == 4 and self.op != "attention"}
+        planar = [name for name, i in images.items() if i.shape[1] > 1 and i.stride[1] != 1]
+        return f"{self.op} {self.model} {self.name}" + (f" planar {','.join(planar)}" if planar else "")
 
     def inputs(self) -> dict[str, Input]:
         """The tensor arguments."""

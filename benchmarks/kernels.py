@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Iterator[dict[str, Any]]:
-    """Records as they are measured: fingerprint, sustained product, then one for every shape."""
+    """Records (`harness.measurement`) as they are measured: the sustained product, then one for every shape."""
     import torch
 
     from .ceilings import sustained_product
@@ -56,10 +56,12 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Iterato
     torch.backends.cuda.matmul.allow_tf32 = False  # float32 is compared with float64
     torch.backends.cudnn.allow_tf32 = False
     wanted = chosen(options, parser)
-    yield {"time": harness.now(), "fingerprint": harness.fingerprint(options.device), "quick": options.quick}
+    machine = harness.fingerprint(options.device)
+    conditions = {"dtype": str(dtype).removeprefix("torch."), "rows": options.rows, "quick": options.quick}
     size, seconds = (256, 0.2) if options.quick else (8192, 10.0)
     product = sustained_product(device, dtype, size, seconds)
-    yield {"time": harness.now(), "product": {"size": size, "dtype": str(dtype), **product}}
+    name = f"sustained product {size}"
+    yield harness.measurement("kernels", name, product["tflops"], "TFLOP/s", machine, conditions, product=product)
     settings = Settings(
         device=device,
         dtype=dtype,
@@ -74,7 +76,7 @@ def run(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Iterato
         except VARIANT_ERRORS as error:
             text = f"{type(error).__name__}: {error}"[:400]
             facts = {"op": shape.op, "model": shape.model, "shape": shape.name, "error": text}
-        yield {"time": harness.now(), **facts}
+        yield harness.measurement("kernels", shape.key, facts.get("us"), "us", machine, conditions, **facts)
 
 
 def chosen(options: argparse.Namespace, parser: argparse.ArgumentParser) -> list[Any]:
@@ -126,7 +128,8 @@ def summary(record: dict[str, Any]) -> str:
 
 
 def _write_report(records: list[dict[str, Any]], path: Path | None) -> None:
-    from .kernel_report import draw, markdown
+    from .kernel_picture import draw
+    from .kernel_report import markdown
 
     text = markdown(records)
     if path is None:
@@ -136,7 +139,7 @@ def _write_report(records: list[dict[str, Any]], path: Path | None) -> None:
     picture = path.with_suffix(".png")
     try:
         draw(records, picture)
-        text += f"\n![speed as a percentage of the roof]({picture.name})\n"
+        text += f"\n![speed of every variant, in percent of the roof]({picture.name})\n"
     except ImportError as missing:
         print(missing)
     path.write_text(text)

@@ -24,6 +24,7 @@ from functools import cache
 from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,6 +41,10 @@ SHARED_LIMITS = {  # bytes one block may have: CUDA programming guide, table of 
     "gfx942": 64 * 1024,
 }
 REGISTER_SLACK = 1.05
+CODE_SHARE = 0.45
+"""Machine code below this share of the same kernel's on other CUDA architectures (median), or of the table's, is not
+the kernel: a compiler can end without an error and leave an empty one. Between real ones 0.54 was the least (sm_90 with
+half of sm_100's code); an empty kernel has 2.7 KB (sm_80) to 5.3 KB (sm_100)."""
 
 
 @dataclass(frozen=True)
@@ -200,6 +205,19 @@ def complaints(found: Table, committed: Table) -> Iterator[str]:
                 yield f"{name}: {target}: {now.stack} bytes of stack (spills), the table has {before.stack}"
             if now.registers > REGISTER_SLACK * before.registers:
                 yield f"{name}: {target}: {now.registers} registers, the table has {before.registers}"
+            if now.code < CODE_SHARE * before.code:
+                yield f"{name}: {target}: {now.code} bytes of code, the table has {before.code}: is it all there?"
+    yield from too_small(found)
+
+
+def too_small(found: Table) -> Iterator[str]:
+    """Kernels with suspiciously little machine code on an architecture, against the others of the same maker."""
+    for name, targets in found.items():
+        sizes = {target: r.code for target, r in targets.items() if target.startswith("sm_")}
+        for target, code in sizes.items():
+            others = [size for other, size in sizes.items() if other != target]
+            if others and code < CODE_SHARE * (usual := median(others)):
+                yield f"{name}: {target}: {code} bytes of code, other architectures have {usual:.0f}: is it all there?"
 
 
 def page(path: Path = TABLE) -> str:
@@ -260,6 +278,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     found = measure(options.op, options.jobs)
     if options.write:
+        if small := list(too_small(found)):
+            print("\n".join([*small, "nothing was written: compile again, and look at the code of these kernels"]))
+            return 1
         write_table(compiler(), found, options.op)
         PAGE.parent.mkdir(parents=True, exist_ok=True)
         PAGE.write_text(page())

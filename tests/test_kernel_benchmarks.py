@@ -13,7 +13,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from stepfuse.benchmarks import gate, harness, kernel_measurement, kernel_report, kernel_work, kernels
+from stepfuse.benchmarks import gate, harness, kernel_measurement, kernel_picture, kernel_report, kernel_work, kernels
 from stepfuse.benchmarks.cli import app
 from stepfuse.benchmarks.gpu_parts import ablation
 from stepfuse.benchmarks.gpu_parts.session import Session
@@ -47,11 +47,15 @@ def test_a_quick_run_on_a_cpu_measures_every_op_and_reports(tmp_path: Path, caps
     out, report = tmp_path / "kernels.jsonl", tmp_path / "kernels.md"
     options = ["--device", "cpu", "--quick", "--no-compile", "--out", str(out), "--report", str(report)]
     assert kernels.main(options) == 0, capsys.readouterr().out
-    first, roof, *rest = harness.read(out)
-    assert first["fingerprint"]["packages"]["torch"] == torch.__version__
-    assert roof["product"]["tflops"] > 0
+    roof, *rest = harness.read(out)
+    assert roof["product"]["tflops"] == roof["value"] > 0
+    for record in (roof, *rest):
+        assert record["fingerprint"]["packages"]["torch"] == torch.__version__
+        assert record["kind"] == "kernels"
+        assert record["conditions"]["quick"]
     assert {record["op"] for record in rest} == set(REGISTRY)
     for record in rest:
+        assert record["value"] == min(facts["warm"]["us"] for facts in record["variants"].values())
         reference = record["variants"]["reference"]
         assert reference["gate"]["green"]
         rate = record["bytes"] / reference["warm"]["median_s"] * 1e-9
@@ -67,14 +71,14 @@ def test_a_quick_run_on_a_cpu_measures_every_op_and_reports(tmp_path: Path, caps
 def test_the_picture_is_drawn(tmp_path: Path):
     pytest.importorskip("matplotlib")
     record = measure(small("geglu"), SETTINGS)
-    kernel_report.draw([record], tmp_path / "speed.png")
+    kernel_picture.draw([record], tmp_path / "speed.png")
     assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_missing_matplotlib_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"pip install 'stepfuse\[bench\]'"):
-        kernel_report.draw([], tmp_path / "speed.png")
+        kernel_picture.draw([], tmp_path / "speed.png")
 
 
 def small(op: str):

@@ -17,7 +17,7 @@ import pytest
 import triton
 
 from stepfuse.benchmarks import resources
-from stepfuse.benchmarks.resources import Resources, complaints
+from stepfuse.benchmarks.resources import Resources, complaints, too_small
 
 ROOT = Path(__file__).resolve().parent.parent
 FINE = {"op.kernel: bf16": {"sm_80": Resources(64, 0, 1024, 9000), "gfx942": Resources(40, 8, 0, 7000)}}
@@ -63,6 +63,7 @@ def with_sm80(**changes: int) -> dict[str, dict[str, Resources]]:
         (with_sm80(stack=8), "sm_80: 8 bytes of stack"),
         (with_sm80(registers=68), "sm_80: 68 registers, the table has 64"),
         (with_sm80(shared=163 * 1024 + 1), "the limit is 166912"),
+        (with_sm80(code=4000), "sm_80: 4000 bytes of code, the table has 9000"),
         ({}, "no longer compiled"),
         (FINE | {"op.kernel: fp16": {"sm_80": Resources(1, 0, 0, 1)}}, "not in the table"),
     ],
@@ -74,7 +75,36 @@ def test_what_got_worse_is_a_complaint(found: resources.Table, text: str) -> Non
 
 def test_what_got_no_worse_is_none() -> None:
     assert not list(complaints(FINE, FINE))
-    assert not list(complaints(with_sm80(registers=67, shared=0, code=1), FINE))
+    assert not list(complaints(with_sm80(registers=67, shared=0, code=4100), FINE))
+
+
+def with_code(**code: int) -> dict[str, dict[str, Resources]]:
+    return {"op.kernel: bf16": {target: Resources(64, 0, 0, size) for target, size in code.items()}}
+
+
+def test_code_much_smaller_than_on_other_architectures_is_a_complaint() -> None:
+    """An empty kernel of 8 KB where 33 to 41 KB are usual, in a compiler that reported no error."""
+    found = with_code(sm_80=34_000, sm_86=33_000, sm_90=36_000, sm_100=8_300, sm_120=41_000, gfx942=7_000)
+    (only,) = too_small(found)
+    assert "sm_100: 8300 bytes of code, other architectures have 35000" in only
+    assert list(complaints(found, found)) == [only], "also where the table itself holds it"
+    assert not list(too_small(with_code(sm_90=39_080, sm_100=69_496)))
+
+
+@pytest.mark.parametrize("version", ["3.6.0", "3.7.1"])
+def test_no_code_in_the_table_is_suspiciously_small(version: str) -> None:
+    assert list(too_small(resources.read_table(version))) == []
+
+
+def test_an_empty_kernel_is_not_written_to_the_table(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written: list[object] = []
+    monkeypatch.setattr(resources, "measure", lambda op, jobs: with_code(sm_90=36_000, sm_100=8_300))
+    monkeypatch.setattr(resources, "write_table", lambda *arguments: written.append(arguments))
+    assert resources.main(["--write"]) == 1
+    assert "sm_100: 8300 bytes of code" in capsys.readouterr().out
+    assert written == []
 
 
 def test_writing_one_op_keeps_the_others_and_reads_back(tmp_path: Path) -> None:
