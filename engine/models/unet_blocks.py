@@ -97,22 +97,29 @@ class ResBlock(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """Self-attention, cross-attention to the prompt and feed-forward, each on normalised tokens and added."""
+    """Self-attention, cross-attention to the prompt and feed-forward, each on normalised tokens and added.
 
-    def __init__(self, channels: int, level: Level, options: BlockOptions) -> None:
+    The feed-forward's sum is left to the next block, whose first normalisation reads it anyway.
+    """
+
+    def __init__(self, channels: int, level: Level, options: BlockOptions, first: bool) -> None:
         super().__init__()
-        self.norm1 = LayerNorm(channels)
+        self.norm1 = LayerNorm(channels) if first else AddLayerNorm(channels)
         self.attn1 = Attention(channels, level.heads, options.cross_dim if level.cross_only else None)
         self.norm2 = AddLayerNorm(channels)
         self.attn2 = Attention(channels, level.heads, options.cross_dim)
         self.norm3 = AddLayerNorm(channels)
         self.ff = FeedForward(channels)
 
-    def forward(self, x: Tensor, step: Step) -> Tensor:
-        """x: [R, L, C]."""
-        normed, x = self.norm2(self.attn1(self.norm1(x), step.kv, step.kv_len), x)
+    def forward(self, x: Tensor, branch: Tensor | None, step: Step) -> tuple[Tensor, Tensor]:
+        """x, branch: [R, L, C], what the block before returned: its output is their sum. No branch: the first block."""
+        if branch is None:
+            normed = self.norm1(x)
+        else:
+            normed, x = self.norm1(branch, x)
+        normed, x = self.norm2(self.attn1(normed, step.kv, step.kv_len), x)
         normed, x = self.norm3(self.attn2(normed, step.kv, step.kv_len), x)
-        return x + self.ff(normed)
+        return x, self.ff(normed)
 
 
 class Transformer2d(nn.Module):
@@ -122,15 +129,17 @@ class Transformer2d(nn.Module):
         super().__init__()
         self.norm = GroupNorm(level.channels, options.groups, 1e-6, silu=False)
         self.proj_in = nn.Linear(level.channels, level.channels)
-        self.transformer_blocks = nn.ModuleList(TransformerBlock(level.channels, level, options) for _ in range(depth))
+        blocks = [TransformerBlock(level.channels, level, options, first=i == 0) for i in range(depth)]
+        self.transformer_blocks = nn.ModuleList(blocks)
         self.proj_out = nn.Linear(level.channels, level.channels)
         self.exit = ResidualAdd()
 
     def forward(self, image: Image, step: Step) -> Image:
         """image: [R, C, h, w]."""
-        tokens = self.proj_in(to_tokens(self.norm(image)))
+        tokens, branch = self.proj_in(to_tokens(self.norm(image))), None
         for block in self.transformer_blocks:
-            tokens = block(tokens, step)
+            tokens, branch = block(tokens, branch, step)
+        tokens = tokens if branch is None else tokens + branch
         return self.exit(to_image(self.proj_out(tokens), image.x), None, image.x)
 
 

@@ -73,13 +73,13 @@ def sampler_step(
     channels = check(x, model_output, mask, known)
     at = update if first_line is None else update - first_line
     line, live = _line(table, at)
-    c = {column: line[:, column].to(x.dtype).reshape(-1, 1, 1, 1) for column in Column}
+    c = dict(zip(Column, _columns(line, x.dtype), strict=True))
     keep = ~live.reshape(-1, 1, 1, 1)
 
     outputs = (model_output if model_rows is None else model_output[model_rows]).to(x.dtype)
     F = torch.zeros_like(x)
-    for j in range(weights.shape[1]):
-        F = F + _term(weights[:, j].to(x.dtype).reshape(-1, 1, 1, 1), outputs[:, j, :channels])
+    for j, weight in enumerate(_columns(weights, x.dtype)):
+        F = F + _term(weight, outputs[:, j, :channels])
     raw = _term(c[Column.P], x) + _term(c[Column.Q], F)
     D = torch.minimum(torch.maximum(raw, -c[Column.CLAMP]), c[Column.CLAMP])
 
@@ -133,6 +133,11 @@ def _line(table: Tensor, update: Tensor) -> tuple[Tensor, Tensor]:
     index = update.clamp(0, lines - 1).reshape(-1, 1, 1).expand(-1, 1, table.shape[2])
     line = table.gather(1, index).squeeze(1)
     return line, (update >= 0) & (update < lines) & (line[:, Column.LIVE] != 0)
+
+
+def _columns(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Every column of [R, K] as [R, 1, 1, 1]; cast together, because a cast per column costs more than the update."""
+    return values.to(dtype)[:, :, None, None, None].unbind(1)
 
 
 def _term(coefficient: Tensor, value: Tensor) -> Tensor:
