@@ -1,0 +1,118 @@
+"""Pictures and masks that users give: checked before they are decoded, and brought to one form."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from ..errors import RequestError
+
+FORMATS = ("PNG", "JPEG", "WEBP")
+MOST_PIXELS = 4096 * 4096
+"""Refused above, before decoding: a file of 21 KB can hold 13000 x 13000 pixels."""
+
+
+def load_image(source: Any, name: str = "image") -> NDArray[np.float32]:
+    """float32 [H, W, 3] in 0..1 from a path, the bytes of a file, a PIL image or an array.
+
+    Arrays are uint8 in 0..255 or float in 0..1, [H, W], [H, W, 1], [H, W, 3] or [H, W, 4]. Pictures are turned as their
+    EXIF data says; grey becomes three equal channels; what is transparent shows white. Colour profiles are ignored.
+    name: of the field, for messages. Raises RequestError for everything else.
+    """
+    return _on_white(_channels(source, name))
+
+
+def load_mask(source: Any, name: str = "mask") -> NDArray[np.float32]:
+    """float32 [H, W] in 0..1, 1 where something is to be painted: the brightness of a picture as of `load_image`.
+
+    A picture that is opaque white and has holes is taken by its holes: transparent is 1.
+    """
+    pixels = _channels(source, name)
+    if pixels.shape[2] == 4 and (pixels[..., 3] < 1).any():
+        return 1 - pixels[..., 3]
+    return _on_white(pixels) @ np.array([0.299, 0.587, 0.114], np.float32)
+
+
+def resize(image: NDArray[np.float32], width: int, height: int) -> NDArray[np.float32]:
+    """A picture [H, W, C] or a mask [H, W] in another size, by Lanczos-3 as in Pillow; 0..1 is kept."""
+    planes = [image] if image.ndim == 2 else list(np.moveaxis(image, -1, 0))
+    made = [np.asarray(Image.fromarray(plane).resize((width, height), Image.Resampling.LANCZOS)) for plane in planes]
+    return (made[0] if image.ndim == 2 else np.stack(made, -1)).clip(0, 1)
+
+
+def _channels(source: Any, name: str) -> NDArray[np.float32]:
+    """float32 [H, W, 3 or 4] in 0..1."""
+    if isinstance(source, np.ndarray):
+        return _from_array(source, name)
+    if isinstance(source, Image.Image):
+        return _from_pil(source, name)
+    if isinstance(source, (str, Path)):
+        path = Path(source).expanduser()
+        if not path.is_file():
+            raise RequestError(f"{name}: no file {str(path)!r}")
+        with path.open("rb") as stream:
+            return _decode(stream, name)
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return _decode(io.BytesIO(source), name)
+    expected = "a path, the bytes of a PNG, JPEG or WebP file, a PIL image or a numpy array"
+    raise RequestError(f"{name}: got {type(source).__name__}, expected {expected}")
+
+
+def _decode(stream: Any, name: str) -> NDArray[np.float32]:
+    try:
+        with Image.open(stream, formats=FORMATS) as image:
+            return _from_pil(image, name)
+    except UnidentifiedImageError:
+        raise RequestError(f"{name}: not a PNG, JPEG or WebP file; convert it to one of them") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        if isinstance(error, RequestError):
+            raise
+        # the decoder's own words may hold addresses of this process
+        raise RequestError(f"{name}: the file is damaged or incomplete") from None
+
+
+def _from_pil(image: Image.Image, name: str) -> NDArray[np.float32]:
+    _check_size(image.width, image.height, name)
+    if getattr(image, "n_frames", 1) > 1:
+        raise RequestError(f"{name}: an animation of {getattr(image, 'n_frames', 1)} frames; give one picture")
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("I", "I;16", "I;16B", "I;16L"):
+        grey = np.asarray(image, dtype=np.float32) / 65535
+        return np.repeat(grey.clip(0, 1)[..., None], 3, -1)
+    clear = image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
+    return np.asarray(image.convert("RGBA" if clear else "RGB")).astype(np.float32) / np.float32(255)
+
+
+def _from_array(array: NDArray[Any], name: str) -> NDArray[np.float32]:
+    if array.ndim not in (2, 3) or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)) or 0 in array.shape:
+        raise RequestError(f"{name}: got an array of shape {array.shape}, expected [H, W] or [H, W, 1, 3 or 4]")
+    _check_size(array.shape[1], array.shape[0], name)
+    pixels: NDArray[np.float32] = array.astype(np.float32)
+    if array.dtype == np.uint8:
+        pixels /= 255
+    elif array.dtype.kind == "f":
+        if not (np.isfinite(pixels).all() and pixels.min() >= 0 and pixels.max() <= 1):
+            raise RequestError(f"{name}: a float array must lie in 0..1; got {pixels.min():.3g} to {pixels.max():.3g}")
+    elif array.dtype != np.bool_:
+        raise RequestError(f"{name}: got an array of {array.dtype}, expected uint8 in 0..255 or float in 0..1")
+    pixels = pixels[..., None] if pixels.ndim == 2 else pixels
+    return np.repeat(pixels, 3, -1) if pixels.shape[2] == 1 else pixels
+
+
+def _check_size(width: int, height: int, name: str) -> None:
+    if width * height > MOST_PIXELS:
+        raise RequestError(
+            f"{name}: {width} x {height} pixels; at most {MOST_PIXELS} (4096 x 4096) are read: shrink it"
+        )
+
+
+def _on_white(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
+    if pixels.shape[2] == 3:
+        return pixels
+    alpha = pixels[..., 3:]
+    return (pixels[..., :3] * alpha + (1 - alpha)).astype(np.float32)
