@@ -23,7 +23,7 @@ import tempfile
 import time
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,16 +32,18 @@ from . import gpu_windows, harness
 ROOT = Path(__file__).resolve().parent.parent
 HEADLINES = {"ms": "ms", "p50_s": "s", "us": "us"}  # a record's headline number and its unit
 GRACE = 15.0  # seconds beyond its box in which a part may still finish the measurement at hand
+REPEATABLE = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # deterministic engines refuse to start without it
 
 
 @dataclass(frozen=True)
 class Part:
-    """One part: a module of gpu_parts with `run(session)`, and its time box in seconds."""
+    """One part: a module of gpu_parts with `run(session)`, its time box in seconds, and variables of its process."""
 
     name: str
     module: str
     seconds: float
     about: str
+    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 PARTS = (
@@ -56,6 +58,14 @@ PARTS = (
     Part("kernels", "kernel_ops", 300, "every op against its rivals at the models' shapes"),
     Part("update-ablation", "update_ablation", 300, "our update with one op switched at a time, as a graph"),
     Part("vae-ablation", "vae_ablation", 120, "our decoding with one op switched at a time, as a graph"),
+    Part("compare", "comparisons", 300, "an update and a decoding of ours beside the strongest of diffusers"),
+    Part("runners", "runners", 240, "one update as the engine makes it: eager, captured, compiled"),
+    Part("replays", "replays", 60, "recorded updates in random order against eager, no wait, no new capture"),
+    Part(
+        "equality", "equalities", 90, "unlike rows against their solo runs; deterministic ones to the bit", REPEATABLE
+    ),
+    Part("knee", "knees", 180, "t_update(rows) by model and size; guidance in one evaluation or two"),
+    Part("rows-static", "loads", 120, "Poisson arrivals: rows against static batching"),
     Part("vae", "vaes", 180, "decoding: dtype, layout, folding, compilation"),
     Part("latency", "latencies", 60, "our engine, end to end, with the built-in model"),
     Part("tests", "gpu_tests", 180, "the GPU tests: every op's contract, tuning, timing"),
@@ -169,7 +179,8 @@ def run(options: argparse.Namespace, parts: list[Part]) -> int:
 
 def run_part(part: Part, options: argparse.Namespace, box: float, records: Path, packages: Path | None) -> str:
     """Run one part in a process of its own: "ok", "exit N" or "killed after N s"; its output goes to a log file."""
-    command = [sys.executable, "-m", f"{__package__}.gpu_parts.worker", part.name, "--module", part.module]
+    command = ["env", *(f"{name}={value}" for name, value in part.environment.items())]
+    command += [sys.executable, "-m", f"{__package__}.gpu_parts.worker", part.name, "--module", part.module]
     command += ["--records", str(records), "--seconds", str(box), "--device", options.device]
     command += ["--tiny"] if options.tiny else []
     command += ["--packages", str(packages)] if packages else []
@@ -261,7 +272,8 @@ def formed(record: Mapping[str, Any], machine: Mapping[str, Any]) -> dict[str, A
     facts = {name: value for name, value in record.items() if name not in ("part", "key", "fingerprint")}
     source = facts.get("variants", {}).get("auto", facts) if record["part"].endswith("ablation") else facts
     found = next(((source[name], unit) for name, unit in HEADLINES.items() if name in source), (None, ""))
-    made = harness.measurement(record["part"], record["key"], *found, machine, {}, **facts)
+    found = facts.pop("value", found[0]), facts.pop("unit", found[1])  # a part that has records of its own says them
+    made = harness.measurement(record["part"], record["key"], *found, machine, facts.pop("conditions", {}), **facts)
     if record["part"] == "latency" and "p50_s" in facts:
         made["latency"] = facts
     return made

@@ -28,21 +28,21 @@ class Call:
 CALLS = (
     Call(
         "A",
-        "are the kernels right here, and which is fastest",
+        "are kernels and recorded updates right here, and which kernels are fastest",
         540,
-        {"ceilings": 50, "launches": 15, "tests": 130, "sanitizer": 75, "tuning": 270},
+        {"ceilings": 40, "launches": 15, "tests": 130, "replays": 50, "sanitizer": 60, "tuning": 245},
     ),
     Call(
         "B",
-        "what each op is worth inside an update, beside the strongest baseline",
-        540,
-        {"unet": 220, "unet-own": 130, "update-ablation": 190},
+        "an update and a decoding beside the strongest baseline, by runner, and what each op is worth in it",
+        550,
+        {"compare": 240, "runners": 140, "update-ablation": 170},
     ),
     Call(
         "C",
-        "decoding, the ops alone, and the engine from prompt to pixels",
+        "rows: equality, the knee, a load; then decoding, the ops alone, and the engine from prompt to pixels",
         480,
-        {"vae": 90, "vae-ablation": 90, "kernels": 180, "latency": 40, "attention": 80},
+        {"equality": 60, "knee": 110, "rows-static": 90, "vae-ablation": 60, "kernels": 130, "latency": 30},
     ),
 )
 

@@ -25,6 +25,7 @@ def fingerprint(device: str = "cpu") -> dict[str, Any]:
     import torch
 
     from .. import __version__
+    from ..engine import env
 
     facts: dict[str, Any] = {
         "stepfuse": __version__,
@@ -54,6 +55,7 @@ def fingerprint(device: str = "cpu") -> dict[str, Any]:
         "matmul.allow_tf32": torch.backends.cuda.matmul.allow_tf32,
         "cudnn.allow_tf32": torch.backends.cudnn.allow_tf32,
         "bf16_reduced_precision": torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
+        "cublas_workspace": env.cublas_workspace(),
     }
     facts["id"] = hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:12]
     return facts

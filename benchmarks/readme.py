@@ -2,7 +2,8 @@
 
 Reads `benchmarks/results/<device>/*.jsonl`, whose lines have the one form of `harness.measurement`, and rewrites what
 stands between two markers; `--check` only says whether that would change anything. A test compares the two, so the
-numbers in the README cannot be written by hand. Of several records of one name on one device the last counts.
+numbers in the README cannot be written by hand. Of several records of one name on one device the last counts. The
+records hold every condition; the tables show size and dtype only.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ KINDS = {
     "latency": "prompt to pixels",
     "startup": "start-up",
     "throughput": "many requests",
+    "runners": "one guided update, by runner",
+    "rows-static": "many requests",
     "update-ablation": "one guided update, our kernels in place",
     "vae-ablation": "one decoding, our kernels in place",
     "unet-own": "one U-Net evaluation, ours",
@@ -107,19 +110,26 @@ def _table(device: str, records: Sequence[Record]) -> Iterator[str]:
     driver = f", driver {machine['driver']}" if machine.get("driver") else ""
     yield f"**{device}**, {packages}{driver}, commit {machine['commit']}, {last['time'][:10]}:"
     yield ""
-    yield "| what | case | result | comparison |"
-    yield "|---|---|---|---|"
+    yield "| what | case | size | dtype | result | comparison |"
+    yield "|---|---|---|---|---|---|"
     for kind, about in KINDS.items():
         for record in sorted((r for r in records if r["kind"] == kind), key=lambda r: r["name"]):
             if record.get("value") is not None:
-                yield f"| {about} | {_case(record)} | {record['value']:.4g} {record['unit']} | {_comparison(record)} |"
+                result = f"{record['value']:.4g} {record['unit']}"
+                cells = (about, record["name"], _size(record), _dtype(record), result, _comparison(record))
+                yield f"| {' | '.join(cell.replace('|', '/') for cell in cells)} |"
 
 
-def _case(record: Record) -> str:
-    """The record's name, and those conditions that the name does not say."""
-    said = [f"{name}={value}" for name, value in record.get("conditions", {}).items()
-            if value not in (None, False) and str(value) not in record["name"]]  # fmt: skip
-    return ", ".join([record["name"], *said]).replace("|", "/")
+def _size(record: Record) -> str:
+    """Pixels, or latents where that is what was said; empty where the name says it or there is none."""
+    said = record.get("conditions", {}) | {name: record[name] for name in ("width", "height") if record.get(name)}
+    if said.get("width") and said.get("height"):
+        return f"{said['width']} x {said['height']}"
+    return "{1} x {0} latents".format(*said["latent"]) if said.get("latent") else ""
+
+
+def _dtype(record: Record) -> str:
+    return str(record.get("conditions", {}).get("dtype", ""))
 
 
 def _comparison(record: Record) -> str:
@@ -133,6 +143,8 @@ def _comparison(record: Record) -> str:
             return ""
         fastest = min(rivals, key=lambda name: rivals[name]["median_s"])
         return f"fastest other: {fastest}, {ratio(record, fastest)}"
+    if record["kind"] == "runners":
+        return _against(record["beside"], record["speedup"])
     if record["kind"].endswith("ablation"):
         return _against("all references", variants["auto"]["speedup"])
     if record["kind"] == "kernels":

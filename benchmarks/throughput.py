@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +17,10 @@ from .mix import Mix, arrivals
 
 if TYPE_CHECKING:
     from ..engine.engine import Engine
+    from ..engine.request import Request, Result
 
 FRONTS = ("rows", "static")
+KIND = "throughput"  # of the last record, the comparison
 TOLERANCE = {"float64": 1e-9, "float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 """Relative L2 of final latents against the solo run, by the engine's dtype. Half precision: other batch sizes take
 other kernels, and what they round differently grows over the updates."""
@@ -48,16 +52,20 @@ Notice = Callable[[str, int, int], None]
 """Called with what runs, requests done and requests in all."""
 
 
-def measure(engine: Engine, plan: Plan, notice: Notice = lambda what, done, total: None) -> dict[str, Any]:
+def records(
+    engine: Engine, plan: Plan, machine: Mapping[str, Any], notice: Notice = lambda what, done, total: None
+) -> Iterator[dict[str, Any]]:
     """Closed loop, then every rate by both fronts in the order rows, static, static, rows ...; and the comparison.
 
-    Returns the closed-loop and open-loop summaries of both fronts, the correctness gate of each, timelines at the
-    highest rate, and `equal_p95`: how many requests per second each serves at the same 95th percentile, and their
-    ratio. There is no ratio where a gate is red.
+    Yields a record as soon as it is measured: the closed loop of each front, each front at each rate (the mean over
+    its rounds), with the gate of its own images; last the comparison: how many requests per second each serves at the
+    same 95th percentile, and their ratio, which is None where a gate is red.
     """
     requests = plan.mix.draw(plan.requests, plan.seed)
     for request in {_shape(request): request for request in requests}.values():
         engine.warmup(width=request.width, height=request.height)
+    alone = solo(engine, requests, plan.checked, lambda done: notice("solo runs", done, plan.checked))
+    solo_s = statistics.mean(result.timings["total"] for result in alone.values())
     load.closed_loop(Rows(engine), requests[: 2 * plan.clients], plan.clients)  # first use of every row count
 
     def run(front: str, what: str, drive: Callable[[Any, load.Progress], list[Served]]) -> list[Served]:
@@ -67,13 +75,15 @@ def measure(engine: Engine, plan: Plan, notice: Notice = lambda what, done, tota
         finally:
             server.close()
 
-    closed: dict[str, dict[str, Any]] = {}
-    seen: dict[str, dict[int, Served]] = {front: {} for front in FRONTS}
+    made = partial(_record, plan, engine, machine)
+    allowed = TOLERANCE[str(engine.components.config.dtype).removeprefix("torch.")]
+    reached, gates = {}, dict[str, dict[str, Any]]()
     for front in FRONTS:
         served = run(front, "closed loop", lambda s, p: load.closed_loop(s, requests, plan.clients, p))
-        closed[front] = load.summary(served)
-        seen[front] |= {one.number: one for one in served}
-    rates = plan.rates or tuple(share * closed["rows"]["images_per_s"] for share in LOADS)
+        facts, gates[front] = load.summary(served), gate(served, alone, allowed)
+        reached[front] = facts["images_per_s"]
+        yield made("throughput closed", front, reached[front], "images/s", front=front, **facts, gate=gates[front])
+    rates = plan.rates or tuple(share * reached["rows"] for share in LOADS)
     points: list[dict[str, Any]] = []
     timelines: dict[str, list[list[float]]] = {}
     for rate in rates:
@@ -86,38 +96,39 @@ def measure(engine: Engine, plan: Plan, notice: Notice = lambda what, done, tota
                 timelines[front] = load.timeline(found)
         for front, found in served_by.items():
             each = [load.summary(found[i : i + len(requests)]) for i in range(0, len(found), len(requests))]
+            here = gate(found, alone, allowed)
+            gates[front] = max(gates[front], here, key=lambda one: (not one["green"], one["error"]))
             points.append({"front": front, "rate": rate, **_average(each), "rounds": each})
-            seen[front] |= {one.number: one for one in found}
-    gates, solo_s = check(engine, seen, plan)
-    slo_s = plan.slo_s or plan.slo * solo_s
-    equal = equal_p95(points, slo_s, all(gate["green"] for gate in gates.values()))
-    return {"closed": closed, "open": points, "gates": gates, "solo_s": solo_s, "equal_p95": equal,
-            "timelines": timelines, "timeline_rate": rates[-1]}  # fmt: skip
+            name = f"{rate:.3g}/s {front}"
+            yield made("throughput open", name, points[-1]["p95_s"], "s (p95)", **points[-1], gate=here)
+    equal = equal_p95(points, plan.slo_s or plan.slo * solo_s, all(one["green"] for one in gates.values()))
+    yield made(KIND, "rows over static at equal p95", equal["ratio"], "x", equal_p95=equal, gates=gates,
+               solo_s=solo_s, timelines=timelines, timeline_rate=rates[-1])  # fmt: skip
 
 
-def check(
-    engine: Engine, seen: Mapping[str, Mapping[int, Served]], plan: Plan
-) -> tuple[dict[str, dict[str, Any]], float]:
-    """Gate of every front: the largest difference of checked requests from their solo runs; and the mean solo latency.
+def solo(
+    engine: Engine, requests: Sequence[Request], count: int, progress: load.Progress = lambda done: None
+) -> dict[int, Result]:
+    """The results of `count` of the requests, spread over them, each run alone; by their number."""
+    numbers = range(0, len(requests), max(1, len(requests) // count))[:count]
+    alone = {}
+    for number in numbers:
+        alone[number] = engine.generate(requests[number])
+        progress(len(alone))
+    return alone
 
-    The difference is the relative L2 of final latents; the largest of picture values (0..1) is given beside it. Images
-    are those of the last run that served the request.
+
+def gate(served: Sequence[Served], alone: Mapping[int, Result], allowed: float) -> dict[str, Any]:
+    """The largest relative L2 difference of final latents from the solo runs, for those requests that have one.
+
+    The largest difference of picture values (0..1) is given beside it. A NaN is red.
     """
-    numbers = sorted(seen["rows"])[:: max(1, len(seen["rows"]) // plan.checked)][: plan.checked]
-    alone = {number: engine.generate(seen["rows"][number].request) for number in numbers}
-    solo_s = sum(result.timings["total"] for result in alone.values()) / len(alone)
-    allowed = TOLERANCE[str(engine.components.config.dtype).removeprefix("torch.")]
-    gates = {}
-    for front, served in seen.items():
-        errors, pictures = [], []
-        for number in numbers:
-            found, truth = served[number].result, alone[number]
-            errors.append(float((found.latents - truth.latents).norm() / truth.latents.norm()))
-            pictures.append(float((found.images - truth.images).abs().max()))
-        error = math.nan if any(map(math.isnan, errors)) else max(errors)
-        gates[front] = {"green": error <= allowed, "error": error, "allowed": allowed, "checked": len(numbers),
-                        "picture_error": max(pictures)}  # fmt: skip
-    return gates, solo_s
+    pairs = [(one.result, alone[one.number]) for one in served if one.number in alone]
+    errors = [float((found.latents - truth.latents).norm() / truth.latents.norm()) for found, truth in pairs]
+    pictures = [float((found.images - truth.images).abs().max()) for found, truth in pairs]
+    error = math.nan if any(map(math.isnan, errors)) else max(errors)
+    return {"green": error <= allowed, "error": error, "allowed": allowed, "checked": len(pairs),
+            "picture_error": max(pictures)}  # fmt: skip
 
 
 def equal_p95(points: Sequence[Mapping[str, Any]], slo_s: float, green: bool) -> dict[str, Any]:
@@ -165,42 +176,30 @@ def _shape(request: Any) -> tuple[int | None, int | None]:
     return request.width, request.height
 
 
-def records(
-    found: Mapping[str, Any], plan: Plan, engine: Engine, machine: Mapping[str, Any]
-) -> Iterator[dict[str, Any]]:
-    """What `measure` found as records: one per front and rate, one per closed loop, and one of the comparison."""
+def _record(
+    plan: Plan, engine: Engine, machine: Mapping[str, Any], kind: str, name: str, value: float | None, unit: str,
+    **facts: Any,
+) -> dict[str, Any]:  # fmt: skip
     config = engine.components.config
     conditions = {"model": engine.components.name, "mix": plan.mix.name, "dtype": str(config.dtype)[6:],
                   "max_rows": config.max_rows, "wait_s": plan.wait_s, "requests": plan.requests, "rounds": plan.rounds,
                   "clients": plan.clients, "seed": plan.seed}  # fmt: skip
-
-    def record(kind: str, name: str, value: float | None, unit: str, **facts: Any) -> dict[str, Any]:
-        return harness.measurement(kind, f"{plan.mix.name} {name}", value, unit, machine, conditions, **facts)
-
-    for front, facts in found["closed"].items():
-        yield record("throughput closed", front, facts["images_per_s"], "images/s", front=front, **facts,
-                     gate=found["gates"][front])  # fmt: skip
-    for point in found["open"]:
-        yield record("throughput open", f"{point['rate']:.3g}/s {point['front']}", point["p95_s"], "s (p95)", **point,
-                     gate=found["gates"][point["front"]])  # fmt: skip
-    equal = found["equal_p95"]
-    facts = {k: found[k] for k in ("equal_p95", "gates", "solo_s", "timelines", "timeline_rate")}
-    yield record("throughput", "rows over static at equal p95", equal["ratio"], "x", **facts)
+    return harness.measurement(kind, f"{plan.mix.name} {name}", value, unit, machine, conditions, **facts)
 
 
-def table(found: Mapping[str, Any]) -> Iterator[str]:
-    """What `measure` found, for a terminal."""
-    for front, facts in found["closed"].items():
-        yield (f"closed loop  {front:<7} {facts['images_per_s']:8.3g} images/s   p50 {facts['p50_s']:.3f} s   "
-               f"p95 {facts['p95_s']:.3f} s")  # fmt: skip
-    for point in found["open"]:
-        yield (f"{point['rate']:8.3g}/s   {point['front']:<7} {point['images_per_s']:8.3g} images/s   "
-               f"p50 {point['p50_s']:.3f} s   p95 {point['p95_s']:.3f} s")  # fmt: skip
-    for front, gate in found["gates"].items():
-        verdict = "green" if gate["green"] else "RED"
-        yield (f"gate {verdict}: {front}, {gate['checked']} requests against their solo runs: {gate['error']:.2g}, "
-               f"allowed {gate['allowed']:.2g}")  # fmt: skip
-    yield say(found["equal_p95"])
+def table(records: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """The records for a terminal."""
+    for r in records:
+        if "front" in r:
+            load = "closed loop" if r["kind"].endswith("closed") else f"{r['rate']:8.3g}/s "
+            yield (f"{load}  {r['front']:<7} {r['images_per_s']:8.3g} images/s   p50 {r['p50_s']:.3f} s   "
+                   f"p95 {r['p95_s']:.3f} s")  # fmt: skip
+    *_, last = records
+    for front, found in last["gates"].items():
+        verdict = "green" if found["green"] else "RED"
+        yield (f"gate {verdict}: {front}, {found['checked']} requests against their solo runs: {found['error']:.2g}, "
+               f"allowed {found['allowed']:.2g}")  # fmt: skip
+    yield say(last["equal_p95"])
 
 
 def say(equal: Mapping[str, Any]) -> str:

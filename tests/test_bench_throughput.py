@@ -174,13 +174,27 @@ def test_no_ratio_without_a_green_gate_or_a_bracket():
 
 def test_an_image_that_is_not_its_solo_run_turns_the_gate_red(engine: Engine):
     request = tiny()
+    alone = throughput.solo(engine, [request, tiny(seed=2)], 1)
+    assert list(alone) == [0]
     right, wrong = engine.generate(request), engine.generate(replace(request, seed=1))
-    plan = Plan(mix=Mix("one", {}), checked=1)
     for result, green in ((right, True), (wrong, False)):
-        served = Served(0, request, result, 0.0, 0.0, 1.0)
-        gates, _ = throughput.check(engine, {"rows": {0: served}, "static": {0: served}}, plan)
-        assert gates["rows"]["green"] is green
-        assert (gates["rows"]["picture_error"] < 1e-3) is green
+        served = [Served(0, request, result, 0.0, 0.0, 1.0), Served(1, request, wrong, 0.0, 0.0, 1.0)]
+        found = throughput.gate(served, alone, 1e-4)
+        assert found["green"] is green
+        assert (found["picture_error"] < 1e-3) is green
+        assert found["checked"] == 1
+
+
+def test_every_run_is_a_record_as_soon_as_it_ends(engine: Engine):
+    """Whatever ends the process later, what was measured is saved: the next run has not begun."""
+    seen: list[str] = []
+    plan = Plan(mix=Mix("small", {"prompt": ["a red circle"], "steps": [1, 2], "size": [[32, 32]]}), requests=4,
+                clients=2, rates=(50.0,), rounds=1, checked=1)  # fmt: skip
+    made = throughput.records(engine, plan, harness.fingerprint(), lambda what, done, total: seen.append(what))
+    begun = ["closed loop, rows", "closed loop, static", "50/s, static"]
+    for record, last in zip(made, (*begun, begun[-1], begun[-1]), strict=True):
+        assert seen[-1] == last, record["name"]
+    assert set(seen) == {"solo runs", *begun, "50/s, rows"}
 
 
 def test_the_command_compares_both_fronts_and_saves(tmp_path: Path):

@@ -22,7 +22,8 @@ def test_the_calls_fit_into_the_window_and_share_no_part():
     assert used + gpu_windows.START_S <= gpu_windows.WINDOW_S + gpu_windows.MARGIN_S
     names = [name for call in gpu_windows.CALLS for name in call.parts]
     assert len(names) == len(set(names))
-    must = {"tests", "tuning", "sanitizer", "update-ablation", "vae-ablation", "ceilings", "unet", "kernels"}
+    must = {"tests", "tuning", "sanitizer", "update-ablation", "vae-ablation", "ceilings", "compare", "kernels"}
+    must |= {"runners", "knee", "replays", "equality", "rows-static"}
     assert must <= set(names)
     order = [call.name for call in gpu_windows.CALLS for name in call.parts if name in ("tuning", "update-ablation")]
     assert order == ["A", "B"], "what is tuned is what the ablation runs with"

@@ -48,16 +48,28 @@ def test_an_edited_number_is_found(tmp_path: Path, capsys: pytest.CaptureFixture
 
 
 def test_without_a_gpu_it_says_so_and_what_to_run(tmp_path: Path):
-    latency = harness.measurement("latency", "shapes n=1", 0.25, "s", CPU, {"n": 1}, latency=RATES)
+    latency = harness.measurement("latency", "shapes n=1", 0.25, "s", CPU, SAID, latency=RATES)
     text = readme.section(readme.results(write(tmp_path, latency)))
     assert "Not measured on a GPU yet" in text
     assert "gpu_suite --call A" in text
     assert "**Some CPU (CPU, 2 threads)**, torch 2.13.0, commit abc1234" in text
-    assert "| prompt to pixels | shapes n=1 | 0.25 s | 80 updates/s, 4 images/s |" in text
+    assert "| prompt to pixels | shapes n=1 | 64 x 96 | float32 | 0.25 s | 80 updates/s, 4 images/s |" in text
     assert "Not measured on a GPU yet" in readme.section([])
 
 
 RATES = {"it_per_s": 80.0, "images_per_s": 4.0}
+SAID = {"n": 1, "dtype": "float32", "width": 64, "height": 96, "sampler": "ddim", "note": "a busy machine"}
+
+
+def test_conditions_stay_in_the_records(tmp_path: Path):
+    """The table shows what a reader compares: its lines fit on a screen."""
+    latency = harness.measurement("latency", "shapes n=1", 0.25, "s", CPU, SAID, latency=RATES)
+    compared = harness.measurement("compare", "tiny decode", 0.5, "s", CPU, {"latent": [8, 16], "dtype": "bfloat16"})
+    text = readme.section(readme.results(write(tmp_path, latency, compared)))
+    assert "ddim" not in text
+    assert "busy" not in text
+    assert "| tiny decode | 16 x 8 latents | bfloat16 | 0.5 s |  |" in text
+    assert max(len(line) for line in text.splitlines() if line.startswith("|")) < 120
 
 
 def test_results_of_a_gpu_bundle(tmp_path: Path):
@@ -71,8 +83,8 @@ def test_results_of_a_gpu_bundle(tmp_path: Path):
     text = readme.section(readme.results(tmp_path / "checkout" / "benchmarks" / "results"))
     assert "Not measured" not in text
     assert "**NVIDIA H200**, torch 2.11.0, triton 3.6.0, driver 580.1, commit abc1234, 2026-01-01:" in text
-    assert "| sdxl 1024^2 rows=2 | 30 ms | 1.33x all references |" in text
-    assert f"| one op | {shape.key} | {kernel['us']:.4g} us | reference" in text
+    assert "| sdxl 1024^2 rows=2 |  |  | 30 ms | 1.33x all references |" in text
+    assert f"| one op | {shape.key} |  |  | {kernel['us']:.4g} us | reference" in text
 
 
 def test_a_red_gate_gets_no_ratio(tmp_path: Path):
@@ -89,7 +101,7 @@ def test_the_last_record_counts_and_failed_and_quick_ones_do_not(tmp_path: Path)
 
     records = [record(2.0, 9), record(1.0, 8), record(3.0, 10, error="out of memory"), record(4.0, 9, "quick")]
     text = readme.section(readme.results(write(tmp_path, *records)))
-    assert "| a | 2 ms |" in text
+    assert "| a |  |  | 2 ms |" in text
     assert not any(f"| {value} ms |" in text for value in (1, 3, 4))
 
 

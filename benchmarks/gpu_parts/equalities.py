@@ -1,0 +1,158 @@
+"""Same seed, same image, whatever the batch: unlike rows against their solo runs, and bit-equal when deterministic.
+
+By default the relative L2 distance of final latents is held against the tolerance of `throughput`. Deterministic, the
+latents of every row must be the same bits alone, among other rows, in another order, beside rows of NaN, and in another
+process.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache
+from typing import Any
+
+import torch
+
+from ...engine.engine import Engine
+from ...engine.errors import NumericsError
+from ...engine.request import Job, Request, Result
+from ..mix import Mix
+from ..throughput import TOLERANCE
+from .batches import model
+from .restarted import digest
+from .session import Session
+
+ROWS = 8
+SEED = 5
+
+
+def run(session: Session) -> None:
+    for name in ("tiny",) if session.tiny else ("shapes", "sd15"):
+        with Engines(session, name) as engines:
+            for what, measure in MEASUREMENTS.items():
+                if session.tiny and measure is restarted:
+                    continue  # seconds of imports; a test has it alone
+                if not session.measure(f"{name} {what}", lambda m=measure, e=engines: m(session, e)):
+                    return
+
+
+class Engines:
+    """The engine of a model in its default mode and the deterministic one, loaded when they are first asked for."""
+
+    def __init__(self, session: Session, name: str) -> None:
+        self.session, self.name = session, name
+        self._made: dict[bool, Engine] = {}
+        self.alone = cache(self._alone)
+
+    def __enter__(self) -> Engines:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for engine in self._made.values():
+            engine.close()
+
+    def engine(self, deterministic: bool) -> Engine:
+        """Raises RequestError where this version has no deterministic mode."""
+        if deterministic not in self._made:
+            self._made[deterministic] = load(self.session, self.name, deterministic)
+        return self._made[deterministic]
+
+    def _alone(self, deterministic: bool) -> list[torch.Tensor]:
+        """Final latents of every request of `unlike`, each run alone."""
+        return [self.engine(deterministic).generate(one).latents for one in unlike(self.session.tiny)]
+
+
+def load(session: Session, name: str, deterministic: bool) -> Engine:
+    """An engine for `ROWS` rows of "shapes", or of an architecture with random weights.
+
+    On CUDA, deterministic, the process must have been started with cuBLAS's repeatable workspaces.
+    """
+    options: dict[str, Any] = {"deterministic": ROWS} if deterministic else {"max_rows": ROWS}
+    if name == "shapes":
+        return Engine.load(name, device=str(session.device), dtype=session.dtype, **options)
+    return Engine(model(session, name, **options))
+
+
+def unlike(tiny: bool) -> list[Request]:
+    """Requests that differ in steps, sampler, guidance (two branches or one), prompt and seed."""
+    requests = Mix.load("mixed").draw(ROWS, SEED)
+    return [replace(one, output="latent", steps=2 + i % 2 if tiny else one.steps) for i, one in enumerate(requests)]
+
+
+def _tolerance(session: Session, engines: Engines) -> dict[str, Any]:
+    together: list[Result] = engines.engine(False).generate(unlike(session.tiny))
+    alone = engines.alone(False)
+    errors = [float((found.latents - own).norm() / own.norm()) for found, own in zip(together, alone, strict=True)]
+    allowed = TOLERANCE[str(session.dtype).removeprefix("torch.")]
+    return {"green": all(error <= allowed for error in errors), "largest": max(errors), "errors": errors,
+            "allowed": allowed, "rows": ROWS}  # fmt: skip
+
+
+def _among_others(session: Session, engines: Engines) -> dict[str, Any]:
+    together = engines.engine(True).generate(unlike(session.tiny))
+    return _equal(engines.alone(True), [found.latents for found in together])
+
+
+def _permuted(session: Session, engines: Engines) -> dict[str, Any]:
+    order = [(3 * place + 1) % ROWS for place in range(ROWS)]
+    requests, alone = unlike(session.tiny), engines.alone(True)
+    found = engines.engine(True).generate([requests[place] for place in order])
+    return _equal([alone[place] for place in order], [one.latents for one in found])
+
+
+def _beside_nan(session: Session, engines: Engines) -> dict[str, Any]:
+    """Every second row starts from NaN: its request ends with an error, the others as if it had not been there."""
+    requests, alone = unlike(session.tiny), engines.alone(True)
+    broken = [replace(one, latents=torch.full_like(own, torch.nan)) if place % 2 else one
+              for place, (one, own) in enumerate(zip(requests, alone, strict=True))]  # fmt: skip
+    engine = engines.engine(True)
+    jobs = [engine.submit(one) for one in broken]
+    refused = [_refused(job) for job in jobs[1::2]]
+    facts = _equal(alone[::2], [job.result().latents for job in jobs[::2]])
+    return facts | {"refused": refused, "green": facts["green"] and all(refused)}
+
+
+def _refused(job: Job) -> bool:
+    try:
+        job.result()
+    except NumericsError:
+        return True
+    return False
+
+
+def restarted(session: Session, engines: Engines) -> dict[str, Any]:
+    """The same requests together in a process of their own, against alone in this one."""
+    here = [digest(latents) for latents in engines.alone(True)]
+    found = elsewhere(session, engines.name)
+    return {"green": found == here, "equal": [a == b for a, b in zip(found, here, strict=True)]}
+
+
+def elsewhere(session: Session, name: str) -> list[str]:
+    """The digests that another process finds. Raises RuntimeError where it fails."""
+    command = [sys.executable, "-m", f"{__package__}.restarted", name, "--device", str(session.device)]
+    command += ["--tiny"] if session.tiny else []
+    limit = max(5.0, session.seconds_left())
+    done = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines()
+        raise RuntimeError(f"exit {done.returncode}: {lines[-1] if lines else 'no output'}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def _equal(expected: Sequence[torch.Tensor], found: Sequence[torch.Tensor]) -> dict[str, Any]:
+    equal = [torch.equal(a, b) for a, b in zip(found, expected, strict=True)]
+    distances = [float((a - b).abs().max()) for a, b in zip(found, expected, strict=True)]
+    return {"green": all(equal), "equal": equal, "largest_difference": max(distances)}
+
+
+MEASUREMENTS: dict[str, Callable[[Session, Engines], dict[str, Any]]] = {
+    f"{ROWS} unlike rows against their solo runs": _tolerance,
+    "deterministic, among other rows": _among_others,
+    "deterministic, permuted": _permuted,
+    "deterministic, beside NaN": _beside_nan,
+    "deterministic, in another process": restarted,
+}
