@@ -149,6 +149,29 @@ class Seat:
     first: int = 0
 
 
+@dataclass(eq=False, kw_only=True)
+class Saved:
+    """A row in the middle of its run, outside a batch: copies of all it needs to go on.
+
+    rows: of every tensor that leads with the rows, in the order of `State.of_rows`; model_input: of its branches;
+    table: the whole plan [U, K]; channels: of the network's output; prepared: its model rows, with the projections of
+    the whole plan; None: dropped, whoever restores the row computes them again.
+    """
+
+    seat: Seat
+    rows: list[Tensor]
+    model_input: Tensor
+    table: Tensor
+    channels: int
+    prepared: Any | None
+
+    @property
+    def bytes(self) -> int:
+        """Memory of all tensors."""
+        kept = [] if self.prepared is None else _tensors(self.prepared)
+        return sum(t.numel() * t.element_size() for t in (*self.rows, self.model_input, self.table, *kept))
+
+
 class Batch:
     """The running rows of one bucket. Model rows are compact, in any order; so are rows."""
 
@@ -208,7 +231,7 @@ class Batch:
         """Copy rows in after the ones that run. Nothing has changed if it runs out of memory."""
         first, start, branches = len(self), self.model_rows, len(new.weights)
         count, model_rows = first + len(owners), start + len(owners) * branches
-        self._make_room(new, count, branches)
+        self._make_room(new.x, new.prepared, new.channels, count, branches)
         state, rows = self.state, slice(first, count)
         state.x[rows] = new.x
         state.base[rows] = new.x
@@ -229,6 +252,47 @@ class Batch:
             self._fill(first + i, new.table, new.prepared.time[own])
             if updates > WINDOW:
                 seat.table, seat.time = new.table, new.prepared.time[own]
+        self._index()
+
+    def save(self, position: int, keep_prepared: bool = True) -> Saved:
+        """Copy a row, to go on later in this or another batch of its bucket; the caller lets it leave.
+
+        keep_prepared: also what `prepare` computed for it, most of its memory.
+        """
+        state, seat = self.state, self.seats[position]
+
+        def part(name: str, tensor: Tensor) -> Tensor:
+            if name != "time":
+                return tensor[seat.places]
+            return tensor[seat.places, : seat.updates] if seat.time is None else seat.time
+
+        return Saved(
+            seat=replace(seat, table=None, time=None),
+            rows=[tensor[position].clone() for tensor in state.of_rows()],
+            model_input=state.model_input[seat.places],
+            table=state.table[position, : seat.updates].clone() if seat.table is None else seat.table,
+            channels=state.outputs.shape[1],
+            prepared=_each(state.prepared, part) if keep_prepared else None,
+        )
+
+    def restore(self, saved: Saved, prepared: Any) -> None:
+        """Copy a saved row in after the ones that run; prepared: its model rows. As `join` where memory is short."""
+        position, start, branches = len(self), self.model_rows, len(saved.seat.places)
+        self._make_room(saved.rows[0][None], prepared, saved.channels, position + 1, branches)
+        state, places = self.state, slice(start, start + branches)
+        for target, source in zip(state.of_rows(), saved.rows, strict=True):
+            if target is state.weights:  # the batches may have room for different numbers of branches
+                target[position] = 0
+                target[position, :branches] = source[:branches]
+            else:
+                target[position] = source
+        for target, source in [(state.model_input, saved.model_input), *_pairs(state.prepared, prepared)]:
+            target[places] = source
+        long = saved.seat.updates > WINDOW
+        kept = (saved.table, prepared.time) if long else (None, None)
+        seat = replace(saved.seat, places=list(range(start, start + branches)), table=kept[0], time=kept[1])
+        self.seats.append(seat)
+        self._fill(position, saved.table, prepared.time)
         self._index()
 
     def take(self, positions: Sequence[int]) -> tuple[list[Tensor], list[bool]]:
@@ -282,12 +346,12 @@ class Batch:
             target[tuple(slice(0, n) for n in source.shape)] = source
         self._replace(made, width)
 
-    def _make_room(self, new: Arrivals, rows: int, width: int) -> None:
+    def _make_room(self, x: Tensor, prepared: Any, channels: int, rows: int, width: int) -> None:
         """Room grows by powers of two up to max_rows."""
         room = min(1 << (rows - 1).bit_length(), max(rows, self.max_rows))
         if self._state is None:
             width = max(width, self.width)
-            self._replace(State.zeros(new.x, new.prepared, new.channels, room, width), width)
+            self._replace(State.zeros(x, prepared, channels, room, width), width)
         elif rows > self.capacity or width > self.width:
             self.reserve(max(self.capacity, room), width)
 

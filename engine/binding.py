@@ -12,6 +12,7 @@ from ..kernels.launch_configs import in_use
 from ..kernels.op import UnsupportedCallError
 from ..kernels.policy import validate
 from .config import ResolvedConfig
+from .determinism import without_splits
 from .errors import RequestError
 
 
@@ -57,7 +58,11 @@ class Binder:
 
     def _resolve(self, run: Callable[[], Any]) -> Dispatch:
         device, choice = self.config.device.type, self.config.kernels
+        calls = None if self.fixed else record(self.module, run)
         try:
-            return resolve(self.module, device, choice, None if self.fixed else record(self.module, run))
+            dispatch = resolve(self.module, device, choice, calls)
         except UnsupportedCallError as error:
             raise RequestError(str(error)) from None
+        return (
+            without_splits(dispatch, calls or {}, self.config, self.module) if self.config.deterministic else dispatch
+        )

@@ -141,7 +141,7 @@ def _text_encoder(checkpoint: Checkpoint, family: Family, name: str, module: nn.
 
 
 def _check_parts(family: Family, modules: Mapping[str, nn.Module], checkpoint: Checkpoint) -> None:
-    """The parts must fit each other: prompt width, latent channels, and no output this engine does not use."""
+    """The parts must fit each other: prompt width, and channels of the latents and of the prediction."""
     unet, vae = modules["unet"], modules.get("vae")
     assert isinstance(unet, UNet)
     encoders: list[Any] = [module for name, module in modules.items() if name.startswith("text_encoder")]
@@ -151,11 +151,15 @@ def _check_parts(family: Family, modules: Mapping[str, nn.Module], checkpoint: C
     expected = unet.config.text_dim or unet.config.blocks.cross_dim
     if encoders and width != expected:
         raise CheckpointError(f"text encoders give {width} features, the denoiser takes {expected}: mixed checkpoints?")
-    if isinstance(vae, AutoencoderKL) and vae.config.latent_channels != unet.config.out_channels:
-        got, want = vae.config.latent_channels, unet.config.out_channels
-        raise CheckpointError(f"the VAE has {got} latent channels, the denoiser predicts {want}: mixed checkpoints?")
-    if not family.latent and unet.config.out_channels != unet.config.in_channels:
-        raise CheckpointError("the denoiser predicts a variance beside the image (learned_range): not supported")
+    made, own = unet.config.out_channels, unet.config.in_channels
+    what = "the images have"
+    if isinstance(vae, AutoencoderKL):
+        own, what = vae.config.latent_channels, "the VAE has"
+    if made not in (own, 2 * own):  # twice as many: a learned variance
+        raise CheckpointError(
+            f"{what} {own} channels, the denoiser predicts {made}; expected {own}, or {2 * own} with a learned "
+            "variance: mixed checkpoints?"
+        )
 
 
 def _read_defaults(root: Path) -> dict[str, Any]:

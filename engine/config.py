@@ -5,10 +5,12 @@ Imports torch only inside functions.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal
 
+from . import env
 from .errors import DeviceError, RequestError, closest
 
 if TYPE_CHECKING:
@@ -22,6 +24,8 @@ DTYPES = {"float32": "float32", "fp32": "float32", "float16": "float16", "fp16":
           "bfloat16": "bfloat16", "bf16": "bfloat16", "float64": "float64", "fp64": "float64"}  # fmt: skip
 
 RUNNERS = ("auto", "eager", "graph", "compiled")
+REPEATABLE_WORKSPACES = (":4096:8", ":16:8")
+"""Values of CUBLAS_WORKSPACE_CONFIG with which cuBLAS repeats its results, by its manual."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,10 +37,16 @@ class EngineConfig:
     max_rows: the most images in one running batch. runner: how an update is executed, "eager" (op by op), "graph" (one
     CUDA graph), "compiled" (the denoiser through torch.compile, captured on CUDA) or "auto" (graph on CUDA, eager on a
     CPU). graph_bytes: what captures may hold, and what buffers kept for them may; by default an eighth of the device's
-    memory. decode_rows: images the VAE decodes together; by default one on a CPU, on CUDA as many as make a megapixel.
-    variant: weight file variant ("fp16"). download: fetch a hub id that is not in the local cache. vae_tiling: decode
-    in overlapping tiles; "auto" above 1536 x 1536 pixels. safety: called on every batch of images before they are
-    returned.
+    memory. forward_rows: the most model rows (images times guidance branches) of one evaluation of the network, an
+    update of more is several evaluations; by default all, or what calibration found faster. deterministic: True or a
+    number R of images: bit-equal whatever else runs (docs/determinism.md); updates of one image, or of exactly R.
+    decode_rows: images the VAE decodes together; by default one on a CPU, on CUDA as many as make a megapixel.
+    parked_bytes: what rows that were set aside may keep of their prompts; by default an eighth of the device's memory.
+    memory_gb: device memory beside the weights, in 10^9 bytes: requests of which not even one row fits are refused; by
+    default what is free on a CUDA device, and no bound on a CPU. queue_seconds: the most unfinished work, in estimated
+    seconds, above which submit raises QueueFull; by default no bound. variant: weight file variant ("fp16"). download:
+    fetch a hub id that is not in the local cache. vae_tiling: decode in overlapping tiles; "auto" above 1536 x 1536
+    pixels. safety: called on every batch of images before they are returned.
     """
 
     device: str | None = None
@@ -46,7 +56,12 @@ class EngineConfig:
     max_rows: int | None = None
     runner: Literal["auto", "eager", "graph", "compiled"] = "auto"
     graph_bytes: int | None = None
+    forward_rows: int | None = None
+    deterministic: bool | int = False
     decode_rows: int | None = None
+    parked_bytes: int | None = None
+    memory_gb: float | None = None
+    queue_seconds: float | None = None
     variant: str | None = None
     download: bool = False
     vae_tiling: bool | Literal["auto"] = "auto"
@@ -56,7 +71,11 @@ class EngineConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ResolvedConfig:
-    """EngineConfig with every None decided. decode_rows: 0 for as many as make a megapixel."""
+    """EngineConfig with every None decided. decode_rows: 0 for as many as make a megapixel; forward_rows: 0 for all,
+    or what was measured; deterministic: the images of every update, 0 for any number.
+
+    memory_bytes: 0 for what is free once the weights are loaded; infinite for no bound, as is queue_seconds.
+    """
 
     device: torch.device
     dtype: torch.dtype
@@ -65,7 +84,12 @@ class ResolvedConfig:
     max_rows: int
     runner: Literal["eager", "graph", "compiled"]
     graph_bytes: int
+    forward_rows: int
+    deterministic: int
     decode_rows: int
+    parked_bytes: int
+    memory_bytes: float
+    queue_seconds: float
     vae_tiling: bool | Literal["auto"]
     transforms: tuple[str, ...]
     safety: SafetyHook | None
@@ -95,21 +119,32 @@ def resolve(config: EngineConfig, *, vae_force_upcast: bool = False) -> Resolved
         vae_dtype = torch.float32 if dtype == torch.float16 and vae_force_upcast else dtype
     elif vae_dtype == torch.float16 and vae_force_upcast:
         raise RequestError("vae_dtype: got float16, but this VAE overflows in it (force_upcast); use bf16 or float32")
-    for name in ("max_rows", "graph_bytes", "decode_rows"):
+    for name in ("max_rows", "graph_bytes", "forward_rows", "decode_rows", "parked_bytes"):
         value = getattr(config, name)
         if value is not None and (not isinstance(value, int) or value < 1):
             raise RequestError(f"{name}: got {value!r}, expected a whole number >= 1")
+    for name in ("memory_gb", "queue_seconds"):
+        value = getattr(config, name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0):
+            raise RequestError(f"{name}: got {value!r}, expected a number > 0")
     cuda = device.type == "cuda"
+    fixed = resolve_deterministic(config, device)
+    eighth = torch.cuda.get_device_properties(device).total_memory // 8 if cuda else 2**30
+    bound = math.inf if config.memory_gb is None else config.memory_gb * 1e9
     return ResolvedConfig(
         device=device,
         dtype=dtype,
         vae_dtype=vae_dtype,
         kernels=config.kernels,
-        max_rows=config.max_rows or 8,
+        max_rows=fixed or config.max_rows or 8,
         runner=resolve_runner(config.runner, device),
-        graph_bytes=config.graph_bytes
-        or (torch.cuda.get_device_properties(device).total_memory // 8 if cuda else 2**30),
-        decode_rows=config.decode_rows or (0 if cuda else 1),
+        graph_bytes=config.graph_bytes or eighth,
+        forward_rows=config.forward_rows or 0,
+        deterministic=fixed,
+        decode_rows=config.decode_rows or (0 if cuda and not fixed else 1),
+        parked_bytes=config.parked_bytes or eighth,
+        memory_bytes=0 if cuda and config.memory_gb is None else bound,
+        queue_seconds=config.queue_seconds or math.inf,
         vae_tiling=config.vae_tiling,
         transforms=tuple(config.transforms),
         safety=config.safety,
@@ -125,6 +160,29 @@ def resolve_runner(name: str, device: torch.device) -> Literal["eager", "graph",
     if name == "graph" and device.type != "cuda":
         raise RequestError(f"runner: 'graph' needs CUDA, the device is {device}; use runner='eager' or 'compiled'")
     return name  # type: ignore[return-value]
+
+
+def resolve_deterministic(config: EngineConfig, device: torch.device) -> int:
+    """The images of every update in deterministic mode, 0 without it; what would break its promise is refused."""
+    rows = config.deterministic
+    if not isinstance(rows, int) or rows < 0:
+        raise RequestError(f"deterministic: got {rows!r}, expected True, False or a number of images")
+    if not rows:
+        return 0
+    for name, value, expected in (("max_rows", config.max_rows, int(rows)), ("decode_rows", config.decode_rows, 1)):
+        if value not in (None, expected):
+            raise RequestError(f"{name}: got {value}, but deterministic={rows!r} fixes it at {expected}; leave it out")
+    if config.runner == "compiled":
+        raise RequestError(
+            "runner: 'compiled' times kernels while it compiles, so a restart may change bits; with deterministic use "
+            "'eager' or 'graph'"
+        )
+    if device.type == "cuda" and env.cublas_workspace() not in REPEATABLE_WORKSPACES:
+        raise RequestError(
+            f"deterministic: CUBLAS_WORKSPACE_CONFIG is {env.cublas_workspace()!r}; set it to ':4096:8' in the "
+            "environment before the process starts"
+        )
+    return int(rows)
 
 
 def resolve_device(name: str | None) -> torch.device:

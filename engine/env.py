@@ -9,8 +9,15 @@ from .errors import RequestError
 
 
 def cache_dir() -> Path:
-    """STEPFUSE_CACHE: where measured records are kept; default ~/.cache/stepfuse."""
-    return Path(os.environ.get("STEPFUSE_CACHE") or Path.home() / ".cache" / "stepfuse")
+    """STEPFUSE_CACHE: where measured records are kept; default: stepfuse in XDG_CACHE_HOME, which is ~/.cache."""
+    if own := os.environ.get("STEPFUSE_CACHE"):
+        return Path(own)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "stepfuse"
+
+
+def cublas_workspace() -> str:
+    """CUBLAS_WORKSPACE_CONFIG: cuBLAS's buffers, read by cuBLAS when it starts; empty if unset."""
+    return os.environ.get("CUBLAS_WORKSPACE_CONFIG", "")
 
 
 def num_threads() -> int | None:

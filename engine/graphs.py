@@ -36,17 +36,20 @@ class Recorder(Protocol):
 
 
 class CudaRecorder:
-    """Captures CUDA graphs on a stream of its own, all into one memory pool."""
+    """Captures CUDA graphs on a stream of its own, all into one memory pool.
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
+    benchmark: let cuDNN choose its algorithms by timing them, which may end differently in every process.
+    """
+
+    def __init__(self, device: torch.device, benchmark: bool = True) -> None:
+        self.device, self.benchmark = device, benchmark
         self.stream = torch.cuda.Stream(device)
         self.pool = torch.cuda.graph_pool_handle()
 
     def record(self, run: Run) -> tuple[Replayable, int]:
-        """Warm up with cuDNN's benchmark on, then capture. Other threads may go on using CUDA meanwhile."""
+        """Warm up, then capture. Other threads may go on using CUDA meanwhile."""
         chosen = torch.backends.cudnn.benchmark
-        torch.backends.cudnn.benchmark = True
+        torch.backends.cudnn.benchmark = self.benchmark
         try:
             self.stream.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(self.stream):

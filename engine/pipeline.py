@@ -14,8 +14,9 @@ import torch
 from .batch import Arrivals
 from .components import Components
 from .conditioning import text as clip
+from .determinism import with_fixed_algorithms
 from .errors import NumericsError, RequestError
-from .models.unet import Conditioning
+from .models.unet import Conditioning, Prepared
 from .models.vae import from_model
 from .models.vae_tiling import tiled
 from .request import Request
@@ -31,10 +32,12 @@ UNTILED_PIXELS = 1536 * 1536
 with its square."""
 
 
+@with_fixed_algorithms
 def encode(parts: Components, batch: Sequence[Settled]) -> list[tuple[Conditioning, tuple[str, ...]]]:
     """Conditioning of the model rows (image 0 cond, image 0 uncond, image 1 ...) of each request, and what was cut.
 
-    The prompts of all requests that share a clip_skip go through each text encoder in one batch.
+    The prompts of all requests that share a clip_skip go through each text encoder in one batch; in deterministic mode
+    one by one.
     """
     if parts.family.text == "none":
         return [(_label_conditioning(parts, one), ()) for one in batch]
@@ -46,14 +49,13 @@ def encode(parts: Components, batch: Sequence[Settled]) -> list[tuple[Conditioni
     return [_text_conditioning(parts, one, prompts) for one in batch]
 
 
+@with_fixed_algorithms
 def start(parts: Components, settled: Settled, conditioning: Conditioning, images: Sequence[int]) -> Arrivals:
     """The rows of the request's images at `images` before their first update, on the engine's device."""
     device = parts.config.device
     dtype = torch.float64 if parts.config.dtype == torch.float64 else torch.float32
     plan = settled.plan
     noise = torch.cat([_noise(parts, settled, index) for index in images])
-    timesteps = torch.tensor(plan.timesteps, dtype=torch.float32, device=device)
-    rows = [index * settled.branches + branch for index in images for branch in range(settled.branches)]
     return Arrivals(
         x=(noise.to(dtype) * plan.init_scale).to(device),
         c_in=plan.updates[0].c_in,
@@ -63,10 +65,24 @@ def start(parts: Components, settled: Settled, conditioning: Conditioning, image
         seeds=[settled.seeds[index] for index in images],
         draws=2 if plan.stochastic else 0,
         channels=parts.denoiser.config.out_channels,
-        prepared=parts.denoiser.prepare(_select(conditioning, rows), timesteps.expand(len(rows), -1)),
+        prepared=prepare(parts, settled, conditioning, images),
     )
 
 
+@with_fixed_algorithms
+def prepare(parts: Components, settled: Settled, conditioning: Conditioning, images: Sequence[int]) -> Prepared:
+    """The model rows of the request's images at `images`: what all their updates share.
+
+    In deterministic mode the images are prepared one by one.
+    """
+    if parts.config.deterministic and len(images) > 1:
+        return Prepared.cat([prepare(parts, settled, conditioning, [index]) for index in images])
+    timesteps = torch.tensor(settled.plan.timesteps, dtype=torch.float32, device=parts.config.device)
+    rows = [index * settled.branches + branch for index in images for branch in range(settled.branches)]
+    return parts.denoiser.prepare(_select(conditioning, rows), timesteps.expand(len(rows), -1))
+
+
+@with_fixed_algorithms
 def decode(parts: Components, latents: torch.Tensor) -> torch.Tensor:
     """Images float32 [n, 3, H, W] in 0..1 on the engine's device from final latents [n, C, h, w].
 
@@ -85,7 +101,7 @@ def decode(parts: Components, latents: torch.Tensor) -> torch.Tensor:
         parts.binders["vae"].bind(tuple(one.shape[1:]), partial(parts.vae.decode, one))
         decoded = [
             tiled(parts.vae.decode, part, TILE) if tiles else parts.vae.decode(part)
-            for part in scaled.split(1 if tiles else chunk)
+            for part in map(torch.clone, scaled.split(1 if tiles else chunk))  # alignment, too, can change the bits
         ]
         images = torch.cat(decoded).float()
     if not torch.isfinite(images).all():
@@ -163,15 +179,19 @@ class _PromptSet:
     def encode(self) -> None:
         for skip in {skip for _, skip in self.found}:
             texts = [text for text, s in self.found if s == skip]
-            encoded, cuts = [], []
-            for index, encoder in enumerate(self.parts.text):
-                tokens = encoder.tokenize([text[index] for text in texts])
-                cuts.append(tokens.cut)
-                encoded.append(encoder.encode(tokens, skip))
-            joined = clip.join(encoded)
-            for row, text in enumerate(texts):
-                self.found[text, skip] = joined.select([row])
-                self.cut[text] = tuple(dict.fromkeys(cut[row] for cut in cuts if cut[row]))
+            for part in [[text] for text in texts] if self.parts.config.deterministic else [texts]:
+                self._encode(part, skip)
+
+    def _encode(self, texts: list[tuple[str, str]], skip: int | None) -> None:
+        encoded, cuts = [], []
+        for index, encoder in enumerate(self.parts.text):
+            tokens = encoder.tokenize([text[index] for text in texts])
+            cuts.append(tokens.cut)
+            encoded.append(encoder.encode(tokens, skip))
+        joined = clip.join(encoded)
+        for row, text in enumerate(texts):
+            self.found[text, skip] = joined.select([row])
+            self.cut[text] = tuple(dict.fromkeys(cut[row] for cut in cuts if cut[row]))
 
 
 def _text_conditioning(

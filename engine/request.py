@@ -6,7 +6,7 @@ import asyncio
 import json
 import math
 import threading
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, field, fields
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 Output = Literal["pil", "np", "pt", "latent"]
 OUTPUTS = ("pil", "np", "pt", "latent")
+TEXTS = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2", "sampler", "schedule", "client")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -29,7 +30,9 @@ class Request:
     Sizes are pixels. Embeddings are [1 or n, L, D] (prompt_embeds) and [1 or n, D] (pooled), latents [n, C, h, w]
     unit-variance noise; image i of n uses seed + i. negative_prompt=None does what the checkpoint's own pipeline does
     (SDXL zeroes the embedding), "" encodes the empty prompt. sigmas: sigma / alpha of every level in place of a
-    schedule, descending to 0. Raises RequestError for values that no model could honour.
+    schedule, descending to 0. deadline: seconds from submission; a request that has not started by then ends with
+    DeadlineMissed, one that runs goes on. client: whose request it is; clients get equal shares of the device. Raises
+    RequestError for values that no model could honour.
     """
 
     prompt: str | None = None
@@ -60,15 +63,17 @@ class Request:
     class_labels: int | tuple[int, ...] | None = None
     output: Output = "pil"
     metadata: bool = True
+    deadline: float | None = None
+    client: str | None = None
 
     def __post_init__(self) -> None:
-        for name in ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2", "sampler", "schedule"):
+        for name in TEXTS:
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
                 raise RequestError(f"{name}: got {type(value).__name__}, expected text")
         for name, low in (("width", 1), ("height", 1), ("steps", 1), ("seed", 0), ("n", 1), ("clip_skip", 0)):
             self._check_integer(name, low)
-        for name in ("guidance_scale", "guidance_rescale", "eta", "s_churn", "s_tmin", "s_tmax", "s_noise"):
+        for name in ("guidance_scale", "guidance_rescale", "eta", "s_churn", "s_tmin", "s_tmax", "s_noise", "deadline"):
             self._check_number(name)
         if self.guidance_rescale > 1:
             raise RequestError(f"guidance_rescale: got {self.guidance_rescale}, expected a number from 0 to 1")
@@ -88,7 +93,7 @@ class Request:
 
     def _check_number(self, name: str) -> None:
         value: Any = getattr(self, name)
-        if value is None and name in ("guidance_scale", "eta"):
+        if value is None and name in ("guidance_scale", "eta", "deadline"):
             return
         number = float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
         # NaN fails the comparison, so it is refused, too
@@ -176,10 +181,14 @@ class Event:
 
 @dataclass(eq=False)
 class Job:
-    """A submitted request. Await it, or call result(); events() may be read by several threads."""
+    """A submitted request. Await it, or call result(); events() may be read by several threads.
+
+    on_cancel: engine side, called by cancel() until the job has ended.
+    """
 
     request: Request
     preview_every: int = 0
+    on_cancel: Callable[[], None] | None = field(default=None, repr=False)
     _future: Future[Result] = field(default_factory=Future, repr=False)
     _log: list[Event] = field(default_factory=list, repr=False)
     _news: threading.Condition = field(default_factory=threading.Condition, repr=False)
@@ -200,6 +209,9 @@ class Job:
     def cancel(self) -> bool:
         """Ask the job to stop; it does so within one update. False if it had already ended."""
         self._cancel.set()
+        notify = self.on_cancel
+        if notify is not None:
+            notify()
         return not self._future.done()
 
     @property
@@ -237,6 +249,7 @@ class Job:
     def finish(self, outcome: Result | BaseException) -> None:
         """Engine side: end the job once, with a result or an error."""
         with self._news:
+            self.on_cancel = None
             if not self._future.done():
                 if isinstance(outcome, BaseException):
                     self._future.set_exception(outcome)

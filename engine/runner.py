@@ -1,15 +1,18 @@
 """How one update of a batch is executed: the denoiser, then one `sampler_step` for all rows, on the batch's tensors.
 
 eager: op by op, exactly the rows there are. graph: the same ops captured into one CUDA graph per number of model rows,
-padded to a planned one. compiled: the denoiser through torch.compile, padded too, and captured on CUDA.
+padded to a planned one. compiled: the denoiser through torch.compile, padded too, and captured on CUDA. With
+deterministic=R every mode pads to R rows.
 """
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
+from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -20,10 +23,12 @@ from ..kernels.dispatch import Site
 from ..kernels.sampler_step.columns import Column
 from .batch import WINDOW, Batch, State
 from .binding import Binder
+from .calibration import Calibration, Curve, measure_curve, seconds_of
 from .compile import Compiled
 from .components import Components
 from .config import ResolvedConfig
-from .errors import DeviceError
+from .determinism import fixed_algorithms
+from .errors import DeviceError, RequestError
 from .graphs import Captures, CudaRecorder, Recorder, planned_sizes
 from .sampling.guidance import rescale_weights
 
@@ -48,20 +53,25 @@ class Before(NamedTuple):
 class Runner:
     """Runs updates as the configuration says, and keeps the buffers and captures of buckets that may come back.
 
-    recorder: how updates are captured; None: CUDA graphs where they are wanted.
+    recorder: how updates are captured; None: CUDA graphs where they are wanted. calibration: what updates cost; None:
+    what earlier measurements left.
     """
 
-    def __init__(self, parts: Components, recorder: Recorder | None = None) -> None:
+    def __init__(
+        self, parts: Components, recorder: Recorder | None = None, calibration: Calibration | None = None
+    ) -> None:
         config = parts.config
-        self.parts, self.mode = parts, config.runner
+        self.parts, self.mode, self.config = parts, config.runner, config
+        self.calibration = Calibration.of(parts) if calibration is None else calibration
         self.step = Site(sampler_step)
         self.binder = Binder(self.step, config)
         guided = parts.family.text != "none" and parts.denoiser.config.time_cond_dim is None
-        self.width = 2 if guided and self.mode != "eager" else 1
-        self.sizes = planned_sizes(config.max_rows * self.width)
-        self.compiled = Compiled(parts.denoiser, len(self.sizes)) if self.mode == "compiled" else None
+        self.padded = self.mode != "eager" or config.deterministic > 1
+        self.width = 2 if guided and self.padded else 1
+        self.sizes = self._sizes(config.max_rows, self.width)
+        self.compiled = Compiled(parts.denoiser, self._forward_shapes()) if self.mode == "compiled" else None
         if recorder is None and self.mode != "eager" and config.device.type == "cuda":
-            recorder = CudaRecorder(config.device)
+            recorder = CudaRecorder(config.device, benchmark=not config.deterministic)
         self.captures = None if recorder is None else Captures(recorder, config.graph_bytes)
         self._idle: OrderedDict[Hashable, Batch] = OrderedDict()
         self._states: WeakKeyDictionary[Batch, State] = WeakKeyDictionary()
@@ -93,29 +103,77 @@ class Runner:
 
         Nothing waits for the device. A batch whose update ran out of memory is as it was before.
         """
+        if self.config.deterministic > 1:
+            batch.reserve(self.config.deterministic, self.width)
         batch.refill()
         before = Before(batch.state.x[: len(batch)].clone(), batch) if preview else None
-        if self.mode == "eager":
-            self._run(batch.prefix(len(batch), batch.model_rows), batch.draws, batch.rescaled)
-        else:
-            self._replay(batch, self._planned(batch, batch.model_rows))
+        with fixed_algorithms(self.config):
+            if self.padded:
+                self._replay(batch, self._planned(batch, batch.model_rows))
+            else:
+                state = batch.prefix(len(batch), batch.model_rows)
+                self._run(state, batch.draws, batch.rescaled, self._forward_rows(state))
         batch.advance()
         return before
 
     @torch.inference_mode()
     def warm(self, batch: Batch, rows: int) -> None:
         """Make room for `rows` rows and record (or compile) every planned number of model rows, the largest first."""
-        if self.mode == "eager":
+        if not self.padded:
             return
+        batch.reserve(max(rows, self.config.deterministic), batch.width)
+        with fixed_algorithms(self.config):
+            for size in reversed(self._sizes(rows, batch.width)):
+                self._replay(batch, size, only_record=True)
+
+    @torch.inference_mode()
+    def calibrate(
+        self,
+        batch: Batch,
+        rows: int,
+        *,
+        budget_s: float = 10.0,
+        progress: Callable[[str], None] | None = None,
+    ) -> Curve:
+        """Time updates of up to `rows` rows on the buffers of a batch that has a row, which stays as it is.
+
+        The result is used from now on, and kept. Raises RequestError in deterministic mode, which runs one number of
+        rows and lets no measurement decide.
+        """
+        if self.config.deterministic:
+            raise RequestError("calibrate: deterministic mode runs one number of rows in one way; leave it out")
         batch.reserve(rows, batch.width)
-        for size in reversed(planned_sizes(rows * batch.width)):
-            self._replay(batch, size, only_record=True)
+        latent, scale = batch.state.x.shape[-2:], self.parts.scale
+        saved = [tensor.clone() for tensor in _changed(batch.state)]
+
+        def measure(model_rows: int, forward_rows: int) -> float:
+            try:
+                return seconds_of(partial(self._timed, batch, model_rows, forward_rows), self.config.device)
+            except torch.OutOfMemoryError:
+                return math.inf
+
+        try:
+            curve = measure_curve(
+                (latent[0] * scale, latent[1] * scale),
+                planned_sizes(rows * batch.width),
+                measure,
+                budget_s=budget_s,
+                progress=progress,
+            )
+        finally:
+            torch._foreach_copy_(_changed(batch.state), saved)
+        self.calibration.add(curve)
+        return curve
 
     def explain(self) -> str:
         """Mode, planned numbers of model rows, captures and the memory they and the idle buffers hold."""
         lines = [f"runner {self.mode}"]
-        if self.mode != "eager":
+        if self.padded:
             lines[0] += f", model rows padded to {', '.join(map(str, self.sizes))}"
+        if self.config.forward_rows:
+            lines[0] += f", at most {self.config.forward_rows} in one forward"
+        if self.config.deterministic:
+            lines[0] += f", deterministic: every update has {self.config.deterministic} images"
         if self.compiled is not None:
             lines.append(f"  compiled {self.compiled.count} shapes, at most {len(self.sizes)} per bucket")
         if self.captures is not None:
@@ -125,23 +183,42 @@ class Runner:
                 f"  kept: {len(c)} captures with {_mib(c.bytes)}, {len(self._idle)} idle buckets with {_mib(idle)}; "
                 f"at most {_mib(c.budget)} for each",
             ]
+        if not self.config.deterministic:
+            lines += self.calibration.explain().splitlines()
         lines += ["sampler:", *(f"  {line}" for line in self.binder.explain().splitlines())]
         return "\n".join(lines)
 
-    def _planned(self, batch: Batch, model_rows: int) -> int:
-        return next(n for n in planned_sizes(batch.capacity * batch.width) if n >= model_rows)
+    def _sizes(self, rows: int, width: int) -> tuple[int, ...]:
+        """Model rows that updates of at most `rows` rows are padded to."""
+        fixed = self.config.deterministic
+        return (fixed * width,) if fixed > 1 else planned_sizes(rows * width)
 
-    def _replay(self, batch: Batch, size: int, only_record: bool = False) -> None:
+    def _planned(self, batch: Batch, model_rows: int) -> int:
+        return next(n for n in self._sizes(batch.capacity, batch.width) if n >= model_rows)
+
+    def _forward_rows(self, state: State) -> int:
+        """The most model rows of one forward of an update of this state."""
+        size, latent, scale = len(state.model_input), state.x.shape[-2:], self.parts.scale
+        return self.config.forward_rows or self.calibration.forward_rows((latent[0] * scale, latent[1] * scale), size)
+
+    def _forward_shapes(self) -> int:
+        """How many numbers of model rows a forward may have for one size of images."""
+        most = self.config.forward_rows
+        return len({n for size in self.sizes for k in (most or size, -(-size // 2)) for n in _split(size, k)})
+
+    def _replay(self, batch: Batch, size: int, only_record: bool = False, forward_rows: int | None = None) -> None:
         """An update of `size` model rows, and of as many rows as could need them."""
         rescaled = batch.rescaled
         state = batch.prefix(min(size, batch.capacity), size)
-        draws = batch.draws if self.captures is None else 2  # rows that draw no noise cost the kernel nothing
-        run = partial(self._run, state, draws, rescaled)
-        changed = [state.x, state.base, state.history, state.update, state.bad, state.model_input]
+        always = self.captures is not None or self.config.deterministic  # idle rows cost the kernel nothing
+        draws = 2 if always else batch.draws
+        most = self._forward_rows(state) if forward_rows is None else forward_rows
+        run = partial(self._run, state, draws, rescaled, most)
+        changed = _changed(state)
         if self.captures is not None:
             self._forget_outgrown(self.captures, batch)
             act = self.captures.capture if only_record else self.captures.replay
-            act((batch.state, size, rescaled), run, changed)
+            act((batch.state, size, rescaled, most), run, changed)
         elif only_record:
             saved = [tensor.clone() for tensor in changed]
             run()
@@ -149,18 +226,22 @@ class Runner:
         else:
             run()
 
-    def _run(self, state: State, draws: int, rescaled: bool) -> None:
+    def _timed(self, batch: Batch, model_rows: int, forward_rows: int) -> None:
+        """An update as it would run with that many model rows; what it changes does not matter."""
+        if self.padded:
+            self._replay(batch, model_rows, forward_rows=forward_rows)
+        else:
+            state = batch.prefix(-(-model_rows // batch.width), model_rows)
+            self._run(state, batch.draws, batch.rescaled, forward_rows)
+
+    def _run(self, state: State, draws: int, rescaled: bool, forward_rows: int) -> None:
         """The update itself. All memory is taken before anything changes."""
-        at = (state.update - state.first_line).clamp(0, WINDOW - 1)  # runs before a capture go beyond the window
-        inputs = (state.model_input, state.prepared, at[state.row_of])
-        denoise = partial(self.parts.denoiser, *inputs)
-        self.parts.binders["unet"].bind(tuple(state.model_input.shape), denoise)
-        outputs = denoise() if self.compiled is None else self.compiled(*inputs)
-        state.outputs[: len(outputs)].copy_(outputs)
+        self._evaluate(state, forward_rows)
         weights = state.weights
         if rescaled:
             branches = state.outputs[state.model_rows][:, :, : state.x.shape[1]]
-            weights = rescale_weights(branches, weights, state.rescale).to(weights.dtype)
+            changed = rescale_weights(branches, weights, state.rescale).to(weights.dtype)
+            weights = torch.where(state.rescale[:, None] == 0, weights, changed)
         step = partial(
             self.step,
             *(state.x, state.base, state.history, state.outputs, state.table, state.update, weights, state.seeds),
@@ -177,6 +258,19 @@ class Runner:
         state.bad.logical_or_(bad)
         state.update.add_(1)
 
+    def _evaluate(self, state: State, forward_rows: int) -> None:
+        """The network's outputs of all model rows, in forwards of at most `forward_rows`."""
+        at = (state.update - state.first_line).clamp(0, WINDOW - 1)  # runs before a capture go beyond the window
+        at, first = at[state.row_of], 0
+        for count in _split(len(at), forward_rows):
+            rows = slice(first, first + count)
+            inputs = (state.model_input[rows], _rows(state.prepared, rows), at[rows])
+            denoise = partial(self.parts.denoiser, *inputs)
+            self.parts.binders["unet"].bind(tuple(inputs[0].shape), denoise)
+            outputs = denoise() if self.compiled is None else self.compiled(*inputs)
+            state.outputs[rows].copy_(outputs)
+            first += count
+
     def _forget_outgrown(self, captures: Captures, batch: Batch) -> None:
         """Captures of a batch that has grown since hold tensors that nobody uses any more."""
         before = self._states.get(batch)
@@ -188,6 +282,22 @@ class Runner:
         batch = self._idle.pop(bucket)
         if self.captures is not None:
             self.captures.forget(batch.state)
+
+
+def _split(model_rows: int, most: int) -> list[int]:
+    """The model rows of every forward."""
+    whole, rest = divmod(model_rows, most)
+    return [most] * whole + [rest] * (rest > 0)
+
+
+def _rows(prepared: Any, rows: slice) -> Any:
+    """Some of the model rows, in the same memory."""
+    return replace(prepared, **{name: tensor[rows] for name, tensor in vars(prepared).items() if tensor is not None})
+
+
+def _changed(state: State) -> list[Tensor]:
+    """What an update changes and the next one reads."""
+    return [state.x, state.base, state.history, state.update, state.bad, state.model_input]
 
 
 def out_of_memory(config: ResolvedConfig, rows: int, error: BaseException) -> DeviceError:

@@ -85,9 +85,9 @@ class Scheduler(Generic[Row]):
         """Estimated seconds until all rows are done: the longest a row added now waits, were it served last."""
         return self._backlog.wait()
 
-    def check(self, seconds: float) -> None:
-        """Raise QueueFull where that much more work exceeds the bound of the queue."""
-        self._backlog.check(seconds)
+    def check(self, seconds: float, ahead: float = 0.0) -> None:
+        """Raise QueueFull where that much more work exceeds the bound of the queue. ahead: accepted, not yet added."""
+        self._backlog.check(seconds, ahead)
 
     # Rows come and go.
 
@@ -113,13 +113,16 @@ class Scheduler(Generic[Row]):
         weight: int = 1,
         deadline: float | None = None,
         client: Hashable = None,
+        accepted: bool = False,
     ) -> None:
         """Queue the rows of one request, which start in this order.
 
         updates: of each row. weight: model rows of each row. deadline: time of the clock. client: whose share of the
-        device they use. Raises QueueFull, and queues none, where the work would exceed the bound.
+        device they use. accepted: `check` has let them in. Raises QueueFull, and queues none, where the work would
+        exceed the bound.
         """
-        self.check(self.price(bucket, updates, weight * len(rows)))
+        if not accepted:
+            self.check(self.price(bucket, updates, weight * len(rows)))
         now, last = self._clock(), math.inf if deadline is None else deadline
         for row in rows:
             assert row not in self._home, f"row {row!r} was added twice"
@@ -138,10 +141,13 @@ class Scheduler(Generic[Row]):
                 self._dequeue(entry)
             self._backlog.remove(entry.bucket, entry.updates, entry.weight)
 
-    def expire(self) -> list[Row]:
-        """Forget, and return, rows whose deadline passed before they ever started."""
+    def expire(self, begun: Callable[[Row], bool] = lambda row: False) -> list[Row]:
+        """Forget, and return, rows whose deadline passed before they ever started.
+
+        begun: whether a row belongs to a request of which another has started; those stay.
+        """
         now = self._clock()
-        late = [entry.row for entry in self._waiting.dated if entry.deadline <= now and entry.started is None]
+        late = [e.row for e in self._waiting.dated if e.deadline <= now and e.started is None and not begun(e.row)]
         self.remove(late)
         return late
 

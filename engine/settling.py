@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .components import Components
-from .errors import RequestError
+from .errors import CheckpointError, RequestError
 from .request import Request
 from .sampling.planning import make_plan
 from .sampling.update import Plan
@@ -40,7 +40,9 @@ class Settled:
 
 
 def settle(parts: Components, request: Request) -> Settled:
-    """Decide what the request left open; raises RequestError for what this model cannot do."""
+    """Decide what the request left open; raises RequestError for what this model cannot do, and CheckpointError where
+    the scheduler's settings ask for a variance that the denoiser does not predict.
+    """
     if parts.family.missing:
         raise RequestError(f"{parts.name}: {parts.family.missing}; text to image is not possible with it")
     _check_inputs(parts, request)
@@ -60,6 +62,12 @@ def settle(parts: Components, request: Request) -> Settled:
         s_tmax=request.s_tmax,
         s_noise=request.s_noise,
     )
+    if plan.learned_variance and parts.denoiser.config.out_channels != 2 * parts.channels:
+        raise CheckpointError(
+            f"{parts.name}: the scheduler's settings ask for a learned variance, but the denoiser predicts "
+            f"{parts.denoiser.config.out_channels} channels, not {2 * parts.channels}; set "
+            'variance_type to "fixed_small" in scheduler_config.json'
+        )
     embedded = parts.denoiser.config.time_cond_dim is not None
     branches = 2 if guidance > 1 and not embedded and parts.family.text != "none" else 1
     warnings = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,12 +19,13 @@ class Ticket:
     """Engine-side state of one job; row i of it is image i.
 
     done: updates of every row that has started; latents: of the rows that have ended; bad: NaN or Inf was seen in them;
-    warm: rows to make ready for, where the job only warms up.
+    warm: rows to make ready for, where the job only warms up; calibrate: how to measure them, too.
     """
 
     job: Job
     settled: Settled
     warm: int = 0
+    calibrate: Mapping[str, Any] | None = None
     submitted: float = field(default_factory=time.perf_counter)
     conditioning: Conditioning | None = None
     warnings: tuple[str, ...] = ()
@@ -36,6 +38,17 @@ class Ticket:
     def updates(self) -> int:
         """Network evaluations of one row."""
         return len(self.settled.plan.updates)
+
+    @property
+    def deadline(self) -> float | None:
+        """When it must have started, a time of `perf_counter`."""
+        wanted = self.settled.request.deadline
+        return None if wanted is None else self.submitted + wanted
+
+    @property
+    def begun(self) -> bool:
+        """Whether a row of it has started."""
+        return "began" in self.timings
 
     @property
     def rows(self) -> list[Row]:

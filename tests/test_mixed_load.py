@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from stepfuse import Engine, Request
-from stepfuse.engine.errors import Cancelled
+from stepfuse import Engine, EngineConfig, Request
+from stepfuse.engine.components import load_components
+from stepfuse.engine.errors import Cancelled, DeadlineMissed
 from stepfuse.engine.request import Job
 
 SAMPLERS = ("ddim", "ddpm", "euler", "euler_a", "heun", "lms", "dpmpp_2m", "pndm", "lcm")
@@ -69,3 +74,81 @@ def test_200_random_requests_with_cancels(reference_pipeline: Callable[[str], Pa
             alone = engine.generate(requests[number])
             difference = float((found.latents - alone.latents).norm() / alone.latents.norm())
             assert difference <= 1e-4, requests[number]
+
+
+def troubled_request(rng: random.Random) -> Request:
+    """A small request of the built-in model, some with deadlines: hopeless, short or long."""
+    return Request(
+        prompt=rng.choice(["a red circle", "a blue square above a circle", ""]),
+        seed=rng.randrange(10**6),
+        n=rng.choice([1, 1, 2]),
+        steps=rng.randint(4, 8),
+        width=rng.choice([16, 24]),
+        height=16,
+        sampler=rng.choice(SAMPLERS),
+        guidance_scale=rng.choice([1.0, 3.0]),
+        deadline=rng.choice([None, None, None, 1e-6, 0.5, 30.0]),
+        client=rng.choice([None, "ann", "bob"]),
+        output="latent",
+    )
+
+
+def make_trouble(engine: Engine, monkeypatch: pytest.MonkeyPatch, rng: random.Random) -> Counter[str]:
+    """Now and then park a running row and let an update run out of memory; returns how often."""
+    scheduler, runner, seen = engine._scheduler, engine._runner, Counter[str]()
+    preempt, update, slow = scheduler.preempt, runner.update, Counter[str]()
+
+    def more_preempt() -> list:
+        chosen = [entry for entry in scheduler._running if rng.random() < 0.03]
+        scheduler.park([entry.row for entry in chosen])
+        seen["parked"] += len(chosen)
+        return preempt() + [(entry.row, entry.bucket) for entry in chosen]
+
+    def limited(batch: Any, *rest: Any) -> Any:
+        slow["left"] = slow["left"] - 1 if slow["left"] else 2 * (rng.random() < 0.1)  # twice: also the second try
+        if slow["left"] and len(batch) > 1:
+            seen["out of memory"] += 1
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return update(batch, *rest)
+
+    monkeypatch.setattr(scheduler, "preempt", more_preempt)
+    monkeypatch.setattr(runner, "update", limited)
+    return seen
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_every_job_ends_once_whatever_happens(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = random.Random(seed)
+    requests = [troubled_request(rng) for _ in range(35)]
+    parts = load_components("shapes", EngineConfig(device="cpu", max_rows=4))
+    parts = dataclasses.replace(parts, config=dataclasses.replace(parts.config, parked_bytes=100_000))
+    ends: Counter[int] = Counter()
+    with Engine(parts) as engine:
+        seen = make_trouble(engine, monkeypatch, rng)
+        jobs = []
+        for number, request in enumerate(requests):
+            jobs.append(engine.submit(request))
+            finish = jobs[-1].finish
+            jobs[-1].finish = lambda outcome, n=number, f=finish: (ends.update([n]), f(outcome))[1]
+            time.sleep(rng.random() * 0.01)
+            if rng.random() < 0.2:
+                rng.choice(jobs).cancel()
+        finished: dict[int, torch.Tensor] = {}
+        for number, job in enumerate(jobs):
+            try:
+                finished[number] = job.result(60).latents
+            except Cancelled:
+                assert job.cancelled
+            except DeadlineMissed:
+                assert requests[number].deadline in (1e-6, 0.5)
+        assert len(engine._scheduler) == len(engine._batches) == len(engine._batches.bank) == 0
+        assert not engine._admission._ahead
+        assert seen["parked"] > 5
+        assert seen["out of memory"] > 1
+        assert 10 < len(finished) < 35
+        monkeypatch.undo()
+        for number, latents in finished.items():
+            request = dataclasses.replace(requests[number], deadline=None)
+            alone = engine.generate(request).latents
+            assert float((latents - alone).norm() / alone.norm()) <= 1e-4, request
+    assert set(ends.values()) <= {1}

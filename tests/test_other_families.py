@@ -8,6 +8,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from diffusers.schedulers import scheduling_ddpm
 from reference.networks import UNETS, vae
 from reference.pipelines import SCHEDULE, text_config, tokenizer
 from reference.random_weights import randomize
@@ -15,6 +16,7 @@ from transformers import CLIPTextModel
 
 from stepfuse import Engine
 from stepfuse.engine.errors import CheckpointError, RequestError
+from stepfuse.engine.sampling.noise import initial_noise, philox_normal
 
 LATENTS = 1e-4
 PROMPT = "a photo of a cat"
@@ -100,9 +102,38 @@ def test_class_conditional_pixels_depend_on_the_class(tmp_path: Path) -> None:
                 engine.generate(seed=6, steps=1, class_labels=wrong)
 
 
-def test_learned_variance_is_refused(tmp_path: Path) -> None:
-    diffusers.DDPMPipeline(network("adm", "adm"), diffusers.DDPMScheduler()).save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="predicts a variance"):
+def test_learned_variance_equals_diffusers(tmp_path: Path) -> None:
+    """The noise is ours: the reference steps get the noise that the engine's rows draw."""
+    unet, steps = network("ddpm", "learned", out_channels=6), 5
+    scheduler = diffusers.DDPMScheduler(variance_type="learned_range", clip_sample=True)
+    diffusers.DDPMPipeline(unet, scheduler).save_pretrained(tmp_path)
+    with Engine.load(tmp_path, device="cpu") as engine:
+        found = engine.generate(seed=5, steps=steps, output="latent").latents
+        ignored = engine.generate(seed=5, steps=steps, sampler="ddim", output="latent").latents
+    x = initial_noise(5, found.shape[1:])
+    scheduler.set_timesteps(steps)
+    seed = torch.tensor([5])
+    drawn = [philox_normal(seed, torch.tensor([update]), list(x.shape[1:])) for update in range(steps)]
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        for noise, t in zip(drawn, scheduler.timesteps, strict=True):
+            patch.setattr(scheduling_ddpm, "randn_tensor", lambda *_, noise=noise, **__: noise)
+            x = scheduler.step(unet(x, t).sample, int(t), x).prev_sample
+    assert relative(found, x) <= LATENTS
+    assert relative(ignored, x) > 100 * LATENTS
+
+
+def test_learned_variance_needs_a_network_that_predicts_one(tmp_path: Path) -> None:
+    scheduler = diffusers.DDPMScheduler(variance_type="learned_range")
+    diffusers.DDPMPipeline(network("ddpm", "plain"), scheduler).save_pretrained(tmp_path)
+    with Engine.load(tmp_path, device="cpu") as engine:
+        with pytest.raises(CheckpointError, match="ask for a learned variance, but the denoiser predicts 3 channels"):
+            engine.generate(seed=1, steps=2)
+        assert engine.generate(seed=1, steps=2, sampler="ddim").images
+
+
+def test_other_numbers_of_channels_are_refused(tmp_path: Path) -> None:
+    diffusers.DDPMPipeline(network("ddpm", "odd", out_channels=5), diffusers.DDPMScheduler()).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="the images have 3 channels, the denoiser predicts 5; expected 3, or 6"):
         Engine.load(tmp_path, device="cpu")
 
 

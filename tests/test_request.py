@@ -34,6 +34,9 @@ def result() -> Result:
         ({"seed": 2**63 - 1, "n": 2}, "choose a smaller seed"),
         ({"output": "jpg"}, "output: got 'jpg'.*valid: latent, np, pil, pt"),
         ({"negative_prompt": 3}, "negative_prompt: got int, expected text"),
+        ({"deadline": -1.0}, "deadline: got -1.0, expected a finite number >= 0"),
+        ({"deadline": math.inf}, "deadline: got inf"),
+        ({"client": 3}, "client: got int, expected text"),
     ],
 )
 def test_impossible_values_are_refused_with_what_was_expected(options: dict, message: str) -> None:

@@ -192,7 +192,7 @@ def test_recordings_of_outgrown_buffers_are_dropped(graph: Engine) -> None:
     (batch,) = runner._idle.values()
     assert runner.captures.captured == 2
     assert len(runner.captures) == 1
-    assert (batch.state, 8, False) in runner.captures
+    assert (batch.state, 8, False, 8) in runner.captures
 
 
 def test_warm_up_records_every_planned_size_largest_first(parts: Components) -> None:
@@ -239,6 +239,38 @@ def test_a_plan_longer_than_its_window_gives_the_same_bits(eager: Engine, monkey
     for module in (batch_module, runner_module):
         monkeypatch.setattr(module, "WINDOW", 6)
     assert torch.equal(eager.generate(request).latents, whole)
+
+
+@pytest.mark.parametrize(("mode", "most"), [("eager", 1), ("eager", 2), ("eager", 3), ("graph", 2)])
+@torch.inference_mode()
+def test_an_update_in_several_forwards_equals_one(parts: Components, mode: str, most: int) -> None:
+    """Three rows, five model rows; in graph mode all forwards are in one capture, which runs no Python."""
+    recorder = DryRecorder(frozen=True) if mode == "graph" else None
+    split = Runner(configured(parts, runner=mode, forward_rows=most), recorder)
+    whole = Runner(configured(parts, runner=mode), None if recorder is None else DryRecorder())
+    rows = (*UNLIKE[:2], UNLIKE[4])
+    ours, theirs = filled(parts, rows), filled(parts, rows)
+    split.update(ours)
+    forwards: list[int] = []
+    hook = parts.denoiser.register_forward_pre_hook(lambda _, args: forwards.append(len(args[0])))
+    split.update(ours)
+    hook.remove()
+    padded = 6 if mode == "graph" else 5
+    expected = [most] * (padded // most) + [padded % most] * (padded % most > 0)
+    assert forwards == ([] if mode == "graph" else expected)
+    assert recorder is None or (len(recorder.made) == 1 and split.captures.captured == 1)
+    whole.update(theirs)
+    whole.update(theirs)
+    assert relative(ours.state.x[:3], theirs.state.x[:3]) <= 1e-5
+    assert f"at most {most} in one forward" in split.explain()
+
+
+@pytest.mark.parametrize("most", [1, 3, 8])
+def test_compilations_are_allowed_for_every_number_of_rows_in_a_forward(parts: Components, most: int) -> None:
+    runner = Runner(configured(parts, runner="compiled", forward_rows=most))
+    shapes = {n for size in planned_sizes(8) for n in runner_module._split(size, most)}
+    assert shapes == {1: {1}, 3: {1, 2, 3}, 8: set(planned_sizes(8))}[most]
+    assert runner.compiled.sizes >= len(shapes)
 
 
 @pytest.mark.parametrize(

@@ -54,9 +54,12 @@ class Backlog:
             if (rows := self._rows[bucket])
         )
 
-    def check(self, seconds: float) -> None:
-        """Raise QueueFull where `seconds` more work would exceed the bound; an empty queue takes any request."""
-        wait = self.wait()
+    def check(self, seconds: float, ahead: float = 0.0) -> None:
+        """Raise QueueFull where `seconds` more work would exceed the bound; an empty queue takes any request.
+
+        ahead: seconds of work that was accepted and not yet added.
+        """
+        wait = self.wait() + ahead
         if wait > 0 and wait + seconds > self.bound:
             later = min(wait, wait + seconds - self.bound)
             raise QueueFull(

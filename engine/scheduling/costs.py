@@ -1,0 +1,61 @@
+"""What an update costs, learnt from updates as they run."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Hashable
+
+CLIP = 4.0
+"""A single update counts as this many times the estimate at most: some hold a capture or a compilation."""
+
+
+class MeasuredCosts:
+    """(bucket, model rows) -> seconds of an update: an exponential average of those that ran.
+
+    size(bucket): pixels; buckets of one size cost the same. smoothing: weight of a new measurement. Between measured
+    numbers of rows the time is interpolated, above the largest it grows with the rows, below the smallest it stays; a
+    size that never ran is scaled from the nearest one. Zero until something was measured: what is unknown is not
+    refused. `note` is for one thread, calls for any.
+    """
+
+    def __init__(self, size: Callable[[Hashable], int], smoothing: float = 0.1) -> None:
+        self._size, self._smoothing = size, smoothing
+        self._seconds: dict[int, dict[int, float]] = {}
+        self._first: set[tuple[int, int]] = set()
+
+    def note(self, bucket: Hashable, rows: int, seconds: float) -> None:
+        """An update of that many model rows took so long. The second one replaces the first, which warmed up."""
+        size = self._size(bucket)
+        times = self._seconds.get(size, {})
+        before = times.get(rows)
+        if before is None:
+            self._first.add((size, rows))
+            self._seconds[size] = times | {rows: seconds}  # another thread never sees a size without a time
+        elif (size, rows) in self._first:
+            self._first.discard((size, rows))
+            times[rows] = min(seconds, CLIP * before)
+        else:
+            times[rows] = before + self._smoothing * (min(seconds, CLIP * before) - before)
+
+    def __call__(self, bucket: Hashable, rows: int) -> float:
+        """Estimated seconds of one update."""
+        size = self._size(bucket)
+        exact = self._seconds.get(size, {}).get(rows)
+        if exact is not None:
+            return exact
+        sizes = list(self._seconds)
+        if not sizes:
+            return 0.0
+        near = min(sizes, key=lambda other: abs(math.log(other / size)))
+        return _interpolate(self._seconds[near], rows) * size / near
+
+
+def _interpolate(times: dict[int, float], rows: int) -> float:
+    known = sorted(times)
+    above = next((n for n in known if n >= rows), None)
+    if above is None:
+        return times[known[-1]] * rows / known[-1]
+    below = max((n for n in known if n < rows), default=above)
+    if above == below:
+        return times[above]
+    return times[below] + (times[above] - times[below]) * (rows - below) / (above - below)
