@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from ..engine.errors import RequestError
+from .tensorrt_cli import tensorrt
 
 if TYPE_CHECKING:
     import torch
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from .verify import Report
 
 app = typer.Typer(help="Turn a model into files other runtimes execute, and prove them.", no_args_is_help=True)
+app.command()(tensorrt)
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -51,8 +53,8 @@ def onnx(
 ) -> None:
     """Export to ONNX, in the folder layout of diffusers, and compare every graph with float64."""
     found = {
-        "components": _names(components or ""), "shapes": tuple(_shape(text) for text in _names(shapes)),
-        "rows": tuple(_row(text) for text in _names(rows)), "keep": _names(keep),
+        "components": _names(components or ""), "shapes": tuple(resolution(text) for text in _names(shapes)),
+        "rows": tuple(row_count(text) for text in _names(rows)), "keep": _names(keep),
     }  # fmt: skip
     if weights not in ("copy", "link"):
         raise RequestError(f"--weights: got {weights!r}, expected copy or link")
@@ -66,6 +68,45 @@ def onnx(
     for name, graph in manifest.graphs.items():
         size = sum(file.stat().st_size for file in (output / name).iterdir())
         err.print(f"{name}: {graph.dtype}, {size / 2**20:.1f} MiB, weights by {graph.options['weights']}")
+    if not no_verify:
+        _conclude(verify(output, open_source(model, options), _reference(reference), lambda text: err.print(text)))
+
+
+@app.command()
+def aoti(
+    model: Annotated[str, typer.Argument(help="Built-in name, checkpoint folder, or cached hub id org/name.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; new, or an older artefact.")],
+    components: Annotated[str | None, typer.Option(help="Default: unet,vae_decoder and the text encoders.")] = None,
+    shapes: Annotated[str, typer.Option(help="Resolutions WIDTHxHEIGHT in pixels: a package each.")] = "512x512",
+    rows: Annotated[str, typer.Option(help="Rows of the network that packages are made for.")] = "1,2",
+    dtype: Annotated[str, typer.Option(help="float32, fp16, bf16.")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu or cuda: this machine's own, nothing is cross-compiled.")] = "cpu",
+    fixed_rows: Annotated[
+        bool | None, typer.Option("--fixed-rows/--free-rows", help="A package per number of rows; default: on CUDA.")
+    ] = None,
+    variant: Annotated[str | None, typer.Option(help="Weight file variant, e.g. fp16.")] = None,
+    download: Annotated[
+        bool, typer.Option("--download", help="Fetch a hub id that is not in the local cache.")
+    ] = False,
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="Make no parity report.")] = False,
+    reference: Annotated[str, typer.Option(help="float64, or float32 where memory is short.")] = "float64",
+) -> None:
+    """Compile ahead of time with AOTInductor for this machine, and compare every package with float64."""
+    found = {
+        "components": _names(components or ""), "shapes": tuple(resolution(text) for text in _names(shapes)),
+        "rows": tuple(row_count(text) for text in _names(rows)),
+    }  # fmt: skip
+    from .aoti import export_aoti
+    from .folder import Options, open_source, resolve_dtype
+    from .verify import verify
+
+    options = Options(**found, dtype=resolve_dtype(dtype), variant=variant, download=download)
+    manifest = export_aoti(
+        model, output, options, device=device, fixed_rows=fixed_rows, progress=lambda text: err.print(text)
+    )
+    for name, graph in manifest.graphs.items():
+        sizes = [(output / file).stat().st_size / 2**20 for file in graph.options["packages"].values()]
+        err.print(f"{name}: {graph.dtype}, {len(sizes)} packages of {max(sizes):.1f} MiB, weights beside them")
     if not no_verify:
         _conclude(verify(output, open_source(model, options), _reference(reference), lambda text: err.print(text)))
 
@@ -118,14 +159,16 @@ def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(",") if name.strip())
 
 
-def _shape(text: str) -> tuple[int, int]:
+def resolution(text: str) -> tuple[int, int]:
+    """Width and height of "768x512"."""
     width, cross, height = text.lower().partition("x")
     if not (cross and width.isdecimal() and height.isdecimal()):
         raise RequestError(f"--shapes: got {text!r}, expected WIDTHxHEIGHT such as 768x512")
     return int(width), int(height)
 
 
-def _row(text: str) -> int:
+def row_count(text: str) -> int:
+    """A number of rows, at least one."""
     if not text.isdecimal() or int(text) < 1:
         raise RequestError(f"--rows: got {text!r}, expected whole numbers such as 1,2,4")
     return int(text)

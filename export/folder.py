@@ -80,18 +80,18 @@ def export_onnx(
     checkpoint = open_source(source, options)
     specs = [make_spec(checkpoint, name) for name in options.components or defaults(checkpoint)]
     profiles = {spec.name: spec.profiles(options.shapes, options.rows) for spec in specs}
-    _prepare(output)
+    require_new(output)
     graphs: dict[str, Graph] = {}
     for spec in specs:
         progress(f"{spec.name}: recording, converting and checking")
-        own = _dtype_of(checkpoint, spec, dtype)
+        own = dtype_of(checkpoint, spec, dtype)
         notes = _export_graph(checkpoint, spec, output / spec.name, own, options)
         graphs[spec.name] = Graph(
             component=spec.component,
             dtype=own,
             file=f"{spec.name}/{onnx.FILE}",
-            inputs=_ports(spec.inputs, own),
-            outputs=_ports(spec.outputs, own),
+            inputs=ports_of(spec.inputs, own),
+            outputs=ports_of(spec.outputs, own),
             axes={name: (axis.min, axis.max) for name, axis in spec.axes.items()},
             profiles=profiles[spec.name],
             traced={name: axis.traced for name, axis in spec.axes.items()},
@@ -161,7 +161,7 @@ def _place_weights(
     return weights.link({key: tensors[key] for key in dtypes}, dtypes, folder)
 
 
-def _dtype_of(checkpoint: Checkpoint, spec: GraphSpec, dtype: str) -> str:
+def dtype_of(checkpoint: Checkpoint, spec: GraphSpec, dtype: str) -> str:
     """The dtype of a graph: autoencoders that overflow in float16 stay in float32, as in the engine."""
     if dtype == "float16" and spec.name.startswith("vae") and VAEConfig.from_diffusers(
         checkpoint.config(spec.component)
@@ -170,11 +170,11 @@ def _dtype_of(checkpoint: Checkpoint, spec: GraphSpec, dtype: str) -> str:
     return dtype
 
 
-def _ports(ports: Sequence[Port], dtype: str) -> tuple[Port, ...]:
+def ports_of(ports: Sequence[Port], dtype: str) -> tuple[Port, ...]:
     return tuple(Port(port.name, onnx.element_type(port, dtype), port.shape) for port in ports)
 
 
-def _prepare(output: Path) -> None:
+def require_new(output: Path) -> None:
     """Make the folder; an older artefact in it is replaced, anything else is left alone."""
     if output.is_symlink():
         raise RequestError(f"--output: {output} is a symlink: refused; give the folder itself")

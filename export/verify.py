@@ -13,9 +13,11 @@ from torch import Tensor
 
 from ..engine.artifact import Graph, Manifest
 from ..engine.errors import CheckpointError, RequestError
+from ..engine.runtimes import aoti, tensorrt
 from ..engine.runtimes.onnxruntime import Session
 from ..engine.weights.checkpoint import Checkpoint
 from ..kernels.policy import reference_only
+from .aoti import cases as bucket_cases
 from .folder import REPORTS, load_network
 from .program import DTYPES, example
 from .spec import make_spec
@@ -121,8 +123,12 @@ def verify(
 
 def runner(manifest: Manifest, folder: Path, name: str) -> Run:
     """What executes a graph here. Raises RequestError for a kind or dtype that this machine cannot run."""
+    if manifest.kind == "aoti":
+        return _packaged(manifest, folder, name)
+    if manifest.kind == "tensorrt":
+        return _planned(folder, name)
     if manifest.kind != "onnx":
-        raise RequestError(f"{manifest.kind} artefacts cannot be verified on this machine")
+        raise RequestError(f"{manifest.kind} artefacts cannot be verified")
     if manifest.graph(name).dtype == "bfloat16":
         raise RequestError(
             "ONNX Runtime has no bfloat16 on the CPU: verify a float32 export, and pass --no-verify here"
@@ -130,13 +136,33 @@ def runner(manifest: Manifest, folder: Path, name: str) -> Run:
     return Session(folder, name).run
 
 
+def _packaged(manifest: Manifest, folder: Path, name: str) -> Run:
+    """AOT packages on the device they were compiled for; results come to the CPU, where the truth is."""
+    packages = aoti.Session(folder, name, manifest.graph(name).options["target"]["device"])
+    return lambda inputs: {port: value.cpu() for port, value in packages.run(inputs).items()}
+
+
+def _planned(folder: Path, name: str) -> Run:
+    """Plans on the GPU they were built for; not executed on any machine yet."""
+    plan = tensorrt.Session(folder, name, "cuda")
+    return lambda inputs: {port: value.cpu() for port, value in plan.run(inputs).items()}
+
+
 def cases(graph: Graph) -> list[dict[str, int]]:
     """Two or more sets of axis sizes, none of them the one the graph was recorded at: the smallest that was declared,
     and sizes that are odd where they may be."""
+    if "packages" in graph.options:
+        return bucket_cases(graph)
     declared = [{name: size.min for name, size in profile.axes.items()} for profile in graph.profiles]
     for sizes in declared:
         if "tokens" in sizes:
             sizes["tokens"] = graph.profiles[0].axes["tokens"].opt
+    if "flavour" in graph.options:  # a plan has its profiles and nothing between or beyond them
+        largest = [{name: size.max for name, size in profile.axes.items()} for profile in graph.profiles]
+        for sizes in (*declared, *largest):
+            if "steps" in sizes:
+                sizes["steps"] = sizes["rows"]
+        return [*declared, *largest]
     odd = {
         name: min(high, max(low, graph.traced[name] + (-1 if name == "width" else 1)))
         for name, (low, high) in graph.axes.items()
@@ -209,7 +235,8 @@ def _rebuilt(folder: Path, manifest: Manifest, name: str) -> Exported:
 def _versions(manifest: Manifest) -> dict[str, str]:
     from importlib.metadata import version
 
-    return {**manifest.versions, "onnxruntime": version("onnxruntime")}
+    runs = {"onnxruntime": version("onnxruntime")} if manifest.kind == "onnx" else {}
+    return {**manifest.versions, **runs}
 
 
 def _row(line: Line) -> str:

@@ -147,7 +147,7 @@ class VAE:
     def __init__(self, folder: Path, device: torch.device | str = "cpu") -> None:
         self.folder, self.device = folder, device
         self.decoder = Session(folder, "vae_decoder", device)
-        self.encoder: Session | None = None
+        self.encoder: Any = None  # a session once it is needed
         self.config = VAEConfig.from_diffusers(read_config(folder, "vae_decoder"))
 
     def decode(self, latents: Tensor) -> Tensor:
