@@ -14,6 +14,7 @@ import pytest
 import torch
 from reference.networks import CONTROLNETS, SD
 from reference.random_weights import randomize
+from torch._subclasses.fake_tensor import FakeTensor
 
 import stepfuse
 from stepfuse.engine.errors import CheckpointError, RequestError
@@ -187,7 +188,7 @@ def _tensor_bytes() -> int:
     """Bytes of all tensor storages alive."""
     found = {}
     for thing in gc.get_objects():
-        if isinstance(thing, torch.Tensor) and not thing.is_meta:
+        if isinstance(thing, torch.Tensor) and not thing.is_meta and not isinstance(thing, FakeTensor):
             storage = thing.untyped_storage()
             found[storage.data_ptr()] = storage.nbytes()
     return sum(found.values())
