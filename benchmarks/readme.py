@@ -24,6 +24,7 @@ KINDS = {
     "compare": "against other libraries",
     "latency": "prompt to pixels",
     "startup": "start-up",
+    "throughput closed": "eight waiting clients",
     "throughput": "many requests",
     "runners": "one guided update, by runner",
     "rows-static": "many requests",
@@ -108,7 +109,8 @@ def _table(device: str, records: Sequence[Record]) -> Iterator[str]:
     packages = ", ".join(f"{name} {machine['packages'][name]}" for name in ("torch", "triton", "diffusers")
                          if name in machine["packages"])  # fmt: skip
     driver = f", driver {machine['driver']}" if machine.get("driver") else ""
-    yield f"**{device}**, {packages}{driver}, commit {machine['commit']}, {last['time'][:10]}:"
+    commits = ", ".join(dict.fromkeys(r["fingerprint"]["commit"] for r in sorted(records, key=lambda r: r["time"])))
+    yield f"**{device}**, {packages}{driver}, measured at {commits}, last on {last['time'][:10]}:"
     yield ""
     yield "| what | case | size | dtype | result | comparison |"
     yield "|---|---|---|---|---|---|"
@@ -150,6 +152,8 @@ def _comparison(record: Record) -> str:
     if record["kind"] == "kernels":
         claims = variants.get(record["fastest"], {}).get("speedup", {}).get("warm", {})
         return ", ".join([record["fastest"], *(_against(rival, claim) for rival, claim in claims.items())])
+    if record["kind"] == "throughput closed":
+        return f"p95 {record['p95_s']:.3g} s"
     if record["kind"] == "latency":
         return f"{record['latency']['it_per_s']:.3g} updates/s, {record['latency']['images_per_s']:.3g} images/s"
     return ""

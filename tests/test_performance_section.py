@@ -52,7 +52,7 @@ def test_without_a_gpu_it_says_so_and_what_to_run(tmp_path: Path):
     text = readme.section(readme.results(write(tmp_path, latency)))
     assert "Not measured on a GPU yet" in text
     assert "gpu_suite --call A" in text
-    assert "**Some CPU (CPU, 2 threads)**, torch 2.13.0, commit abc1234" in text
+    assert "**Some CPU (CPU, 2 threads)**, torch 2.13.0, measured at abc1234" in text
     assert "| prompt to pixels | shapes n=1 | 64 x 96 | float32 | 0.25 s | 80 updates/s, 4 images/s |" in text
     assert "Not measured on a GPU yet" in readme.section([])
 
@@ -82,7 +82,7 @@ def test_results_of_a_gpu_bundle(tmp_path: Path):
     gpu_suite.merge(gpu_suite.bundle(tmp_path / "run"), tmp_path / "checkout")
     text = readme.section(readme.results(tmp_path / "checkout" / "benchmarks" / "results"))
     assert "Not measured" not in text
-    assert "**NVIDIA H200**, torch 2.11.0, triton 3.6.0, driver 580.1, commit abc1234, 2026-01-01:" in text
+    assert "**NVIDIA H200**, torch 2.11.0, triton 3.6.0, driver 580.1, measured at abc1234, last on 2026-01-01:" in text
     assert "| sdxl 1024^2 rows=2 |  |  | 30 ms | 1.33x all references |" in text
     assert f"| one op | {shape.key} |  |  | {kernel['us']:.4g} us | reference" in text
 
