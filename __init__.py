@@ -14,13 +14,14 @@ if TYPE_CHECKING:
     from .engine.config import EngineConfig
     from .engine.engine import Engine
     from .engine.optimize import optimize
-    from .engine.request import Event, Job, Request, Result
+    from .engine.request import Control, Event, Job, Request, Result
 
 __version__ = "0.1.0"
 
-__all__ = ["Engine", "EngineConfig", "Event", "Job", "Request", "Result", "__version__", "errors", "optimize"]
+__all__ = ["Control", "Engine", "EngineConfig", "Event", "Job", "Request", "Result", "__version__", "errors", "optimize"]
 
 _HOME = {
+    "Control": ".engine.request",
     "Engine": ".engine.engine",
     "EngineConfig": ".engine.config",
     "Event": ".engine.request",

@@ -26,6 +26,7 @@ import torch
 from .. import __version__
 from . import env
 from .components import Components
+from .scheduling.costs import interpolate
 
 logger = logging.getLogger("stepfuse")
 
@@ -85,16 +86,8 @@ class Curve:
         return knee.model_rows
 
     def seconds(self, model_rows: int) -> float:
-        """Of one update: between the measured numbers linear, above them in proportion, below them the smallest's."""
-        best = self.best
-        below = max((p for p in best if p.model_rows <= model_rows), key=lambda p: p.model_rows, default=best[0])
-        above = min((p for p in best if p.model_rows >= model_rows), key=lambda p: p.model_rows, default=None)
-        if above is None:
-            return below.seconds * model_rows / below.model_rows
-        if above.model_rows <= below.model_rows:
-            return below.seconds
-        part = (model_rows - below.model_rows) / (above.model_rows - below.model_rows)
-        return below.seconds + part * (above.seconds - below.seconds)
+        """Of one update."""
+        return interpolate({point.model_rows: point.seconds for point in self.best}, model_rows)
 
     def forward_rows(self, model_rows: int) -> int:
         """The most model rows of one forward, as it was best for the next larger measured number."""

@@ -20,7 +20,23 @@ if TYPE_CHECKING:
 
 Output = Literal["pil", "np", "pt", "latent"]
 OUTPUTS = ("pil", "np", "pt", "latent")
-TEXTS = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2", "sampler", "schedule", "client")
+TEXTS = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2", "sampler", "schedule", "client", "model")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Control:
+    """One ControlNet of a request: the name it was loaded under and its picture.
+
+    scale: factor of what it adds. start, end: fractions of the steps between which it acts. guess: less at the outer
+    levels and, with guidance, on the prompted branch only (guess mode of Zhang et al. 2023).
+    """
+
+    name: str
+    image: Any
+    scale: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+    guess: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -31,8 +47,14 @@ class Request:
     unit-variance noise; image i of n uses seed + i. negative_prompt=None does what the checkpoint's own pipeline does
     (SDXL zeroes the embedding), "" encodes the empty prompt. sigmas: sigma / alpha of every level in place of a
     schedule, descending to 0. deadline: seconds from submission; a request that has not started by then ends with
-    DeadlineMissed, one that runs goes on. client: whose request it is; clients get equal shares of the device. Raises
-    RequestError for values that no model could honour.
+    DeadlineMissed, one that runs goes on. client: whose request it is; clients get equal shares of the device. model:
+    which of the engine's models.
+
+    image: what to start from (image to image), to fill in, or to enlarge: anything `conditioning.images.load_image`
+    takes. strength: how much of the schedule is run on it, 0 to 1. mask: white is painted anew. change_map: a strength
+    for every pixel. resample: (jump length, times) of RePaint. noise_level: of the low-resolution image of an upscaler.
+    controls: ControlNets. denoising_start, denoising_end: the part of the schedule to run; with a start, `latents` are
+    what another model left. Raises RequestError for values that no model could honour.
     """
 
     prompt: str | None = None
@@ -61,6 +83,16 @@ class Request:
     negative_pooled_prompt_embeds: torch.Tensor | None = None
     clip_skip: int | None = None
     class_labels: int | tuple[int, ...] | None = None
+    image: Any = None
+    mask: Any = None
+    change_map: Any = None
+    strength: float | None = None
+    resample: tuple[int, int] | None = None
+    noise_level: int | None = None
+    controls: tuple[Control, ...] = ()
+    denoising_start: float | None = None
+    denoising_end: float | None = None
+    model: str | None = None
     output: Output = "pil"
     metadata: bool = True
     deadline: float | None = None

@@ -5,13 +5,26 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from .models.unet import Conditioning
 from .request import Job
 from .settling import Settled
+
+
+class Bucket(NamedTuple):
+    """Rows with equal buckets can share a forward: size in pixels, tokens of the prompt, whether it is masked, the
+    ControlNets, and the model.
+    """
+
+    height: int
+    width: int
+    tokens: int | None
+    masked: bool
+    controls: tuple[str, ...] = ()
+    model: str | None = None
 
 
 @dataclass(eq=False)
@@ -56,11 +69,12 @@ class Ticket:
         return [(self, index) for index in range(len(self.settled.seeds))]
 
     @property
-    def bucket(self) -> tuple[Any, ...]:
-        """Rows with equal buckets can share a forward: size in pixels, text length, and whether it is masked."""
+    def bucket(self) -> Bucket:
+        """Where its rows run."""
         hidden = None if self.conditioning is None else self.conditioning.hidden
         masked = self.conditioning is not None and self.conditioning.kv_len is not None
-        return self.settled.height, self.settled.width, None if hidden is None else hidden.shape[1], masked
+        tokens = None if hidden is None else hidden.shape[1]
+        return Bucket(self.settled.height, self.settled.width, tokens, masked)
 
     @property
     def complete(self) -> bool:

@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from ..engine.errors import RequestError
+from .arguments import Download, Dtype, Model, NoVerify, Output, Reference, Variant, names, resolutions, row_counts
 from .tensorrt_cli import tensorrt
 
 if TYPE_CHECKING:
@@ -33,28 +34,26 @@ def export() -> None:
 
 @app.command()
 def onnx(
-    model: Annotated[str, typer.Argument(help="Built-in name, checkpoint folder, or cached hub id org/name.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; new, or an older artefact.")],
+    model: Model,
+    output: Output,
     components: Annotated[
         str | None, typer.Option(help="unet,vae_decoder,...; default: all the checkpoint has.")
     ] = None,
     shapes: Annotated[str, typer.Option(help="Resolutions WIDTHxHEIGHT in pixels, for the profiles.")] = "512x512",
     rows: Annotated[str, typer.Option(help="Rows of the network, for the profiles.")] = "1,2",
-    dtype: Annotated[str, typer.Option(help="float32, fp16, bf16.")] = "float32",
+    dtype: Dtype = "float32",
     opset: Annotated[int, typer.Option(help="23, or 21 and 18 for older runtimes.")] = 23,
     weights: Annotated[str, typer.Option(help="copy, or link: hard links of the checkpoint's files.")] = "copy",
     keep: Annotated[str, typer.Option(help="Ops kept as stepfuse:: nodes: attention,geglu,group_norm_silu.")] = "",
-    variant: Annotated[str | None, typer.Option(help="Weight file variant, e.g. fp16.")] = None,
-    download: Annotated[
-        bool, typer.Option("--download", help="Fetch a hub id that is not in the local cache.")
-    ] = False,
-    no_verify: Annotated[bool, typer.Option("--no-verify", help="Make no parity report.")] = False,
-    reference: Annotated[str, typer.Option(help="float64, or float32 where memory is short.")] = "float64",
+    variant: Variant = None,
+    download: Download = False,
+    no_verify: NoVerify = False,
+    reference: Reference = "float64",
 ) -> None:
     """Export to ONNX, in the folder layout of diffusers, and compare every graph with float64."""
     found = {
-        "components": _names(components or ""), "shapes": tuple(resolution(text) for text in _names(shapes)),
-        "rows": tuple(row_count(text) for text in _names(rows)), "keep": _names(keep),
+        "components": names(components), "shapes": resolutions(shapes),
+        "rows": row_counts(rows), "keep": names(keep),
     }  # fmt: skip
     if weights not in ("copy", "link"):
         raise RequestError(f"--weights: got {weights!r}, expected copy or link")
@@ -74,27 +73,25 @@ def onnx(
 
 @app.command()
 def aoti(
-    model: Annotated[str, typer.Argument(help="Built-in name, checkpoint folder, or cached hub id org/name.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write; new, or an older artefact.")],
+    model: Model,
+    output: Output,
     components: Annotated[str | None, typer.Option(help="Default: unet,vae_decoder and the text encoders.")] = None,
     shapes: Annotated[str, typer.Option(help="Resolutions WIDTHxHEIGHT in pixels: a package each.")] = "512x512",
     rows: Annotated[str, typer.Option(help="Rows of the network that packages are made for.")] = "1,2",
-    dtype: Annotated[str, typer.Option(help="float32, fp16, bf16.")] = "float32",
+    dtype: Dtype = "float32",
     device: Annotated[str, typer.Option(help="cpu or cuda: this machine's own, nothing is cross-compiled.")] = "cpu",
     fixed_rows: Annotated[
         bool | None, typer.Option("--fixed-rows/--free-rows", help="A package per number of rows; default: on CUDA.")
     ] = None,
-    variant: Annotated[str | None, typer.Option(help="Weight file variant, e.g. fp16.")] = None,
-    download: Annotated[
-        bool, typer.Option("--download", help="Fetch a hub id that is not in the local cache.")
-    ] = False,
-    no_verify: Annotated[bool, typer.Option("--no-verify", help="Make no parity report.")] = False,
-    reference: Annotated[str, typer.Option(help="float64, or float32 where memory is short.")] = "float64",
+    variant: Variant = None,
+    download: Download = False,
+    no_verify: NoVerify = False,
+    reference: Reference = "float64",
 ) -> None:
     """Compile ahead of time with AOTInductor for this machine, and compare every package with float64."""
     found = {
-        "components": _names(components or ""), "shapes": tuple(resolution(text) for text in _names(shapes)),
-        "rows": tuple(row_count(text) for text in _names(rows)),
+        "components": names(components), "shapes": resolutions(shapes),
+        "rows": row_counts(rows),
     }  # fmt: skip
     from .aoti import export_aoti
     from .folder import Options, open_source, resolve_dtype
@@ -115,7 +112,7 @@ def aoti(
 def verify(
     folder: Folder,
     model: Annotated[str | None, typer.Option(help="The checkpoint; default: the weights in the artefact.")] = None,
-    reference: Annotated[str, typer.Option(help="float64, or float32 where memory is short.")] = "float64",
+    reference: Reference = "float64",
 ) -> None:
     """Run every graph and compare it with float64; fails past the tolerance. Writes parity.md and parity.json."""
     from .folder import Options, open_source
@@ -153,25 +150,6 @@ def _conclude(report: Report) -> None:
     out.print(report.markdown(), markup=False, end="")
     if not report.passed:
         raise typer.Exit(1)
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name.strip() for name in text.split(",") if name.strip())
-
-
-def resolution(text: str) -> tuple[int, int]:
-    """Width and height of "768x512"."""
-    width, cross, height = text.lower().partition("x")
-    if not (cross and width.isdecimal() and height.isdecimal()):
-        raise RequestError(f"--shapes: got {text!r}, expected WIDTHxHEIGHT such as 768x512")
-    return int(width), int(height)
-
-
-def row_count(text: str) -> int:
-    """A number of rows, at least one."""
-    if not text.isdecimal() or int(text) < 1:
-        raise RequestError(f"--rows: got {text!r}, expected whole numbers such as 1,2,4")
-    return int(text)
 
 
 def _reference(name: str) -> torch.dtype:

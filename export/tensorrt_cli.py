@@ -12,6 +12,7 @@ from rich.progress import Progress, TaskID
 
 from ..engine.artifact import MANIFEST, Manifest
 from ..engine.errors import NumericsError, RequestError
+from .arguments import names, resolutions, row_counts
 
 if TYPE_CHECKING:
     from .plan import Target
@@ -50,7 +51,7 @@ def tensorrt(
     limit = None if workspace is None else workspace * 2**20
     target = Target(flavour=flavour, sms=targets, workspace=limit, fused_attention=fused_attention)
     check_target(load_package(flavour), target)
-    names = tuple(name.strip() for name in components.split(",") if name.strip())
+    wanted = names(components)
     with TemporaryDirectory(prefix="stepfuse-onnx-") as scratch, Progress(console=err, transient=True) as bar:
         source = Path(model)
         if (source / MANIFEST).is_file():
@@ -58,7 +59,7 @@ def tensorrt(
                 raise RequestError("--shapes, --rows, --dtype: those of an ONNX artefact are fixed; give a checkpoint")
         else:
             source = Path(scratch) / "onnx"
-            export_first(model, source, names, shapes or "512x512", rows or "1,2", dtype or "fp16", target, no_verify)
+            export_first(model, source, wanted, shapes or "512x512", rows or "1,2", dtype or "fp16", target, no_verify)
         tasks: dict[tuple[str, str], TaskID] = {}
 
         def advance(graph: str, phase: str, done: int, steps: int) -> None:
@@ -66,7 +67,7 @@ def tensorrt(
                 tasks[graph, phase] = bar.add_task(f"{graph}: {phase}", total=steps)
             bar.update(tasks[graph, phase], completed=done, total=steps, visible=done < steps)
 
-        options = PlanOptions(components=names, target=target, ignore_memory=ignore_memory)
+        options = PlanOptions(components=wanted, target=target, ignore_memory=ignore_memory)
         folder = build_plans(source, output, options, advance)
     report_plans(folder)
     err.print("Built, not executed. On the target machine:", markup=False)
@@ -74,19 +75,18 @@ def tensorrt(
 
 
 def export_first(
-    model: str, folder: Path, names: tuple[str, ...], shapes: str, rows: str, dtype: str, target: Target,
+    model: str, folder: Path, components: tuple[str, ...], shapes: str, rows: str, dtype: str, target: Target,
     no_verify: bool,
 ) -> None:  # fmt: skip
     """The checkpoint's graphs as ONNX, proved on the CPU. Raises NumericsError for a graph past its tolerance."""
-    from .cli import resolution, row_count
     from .folder import Options, export_onnx, open_source, resolve_dtype
     from .tensorrt import default_opset
     from .verify import verify
 
     options = Options(
-        components=names,
-        shapes=tuple(resolution(text.strip()) for text in shapes.split(",")),
-        rows=tuple(row_count(text.strip()) for text in rows.split(",")),
+        components=components,
+        shapes=resolutions(shapes),
+        rows=row_counts(rows),
         dtype=resolve_dtype(dtype),
         opset=default_opset(target.flavour),
     )

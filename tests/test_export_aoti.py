@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,12 +13,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from reference.exports import invoke
 from reference.parity import error, ours
 from reference.random_weights import normal, randomize
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from stepfuse import cli
 from stepfuse.engine.artifact import Manifest, Range, sha256
 from stepfuse.engine.components import load_components
 from stepfuse.engine.config import EngineConfig
@@ -61,17 +60,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[nn.Module, Path]:
 def copied(tiny: tuple[nn.Module, Path], tmp_path: Path) -> Path:
     """A copy to damage."""
     return Path(shutil.copytree(tiny[1], tmp_path / "copy"))
-
-
-def invoke(*arguments: str) -> int:
-    """Exit code of `stepfuse export ARGUMENTS`."""
-    before, sys.argv = sys.argv, ["stepfuse", "export", *arguments]
-    try:
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-    finally:
-        sys.argv = before
-    return int(ended.value.code or 0)
 
 
 @torch.inference_mode()

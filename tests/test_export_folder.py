@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +15,10 @@ import onnx_ir
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from reference.exports import invoke
 from reference.parity import error, ours
 from reference.random_weights import normal
 
-from stepfuse import cli
 from stepfuse.engine.artifact import MANIFEST, Manifest, Profile, Range, sha256
 from stepfuse.engine.components import load_components
 from stepfuse.engine.config import EngineConfig
@@ -49,17 +48,6 @@ def artefact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def copied(artefact: Path, tmp_path: Path) -> Path:
     """A copy to damage."""
     return Path(shutil.copytree(artefact, tmp_path / "copy"))
-
-
-def invoke(*arguments: str) -> int:
-    """Exit code of `stepfuse export ARGUMENTS`."""
-    before, sys.argv = sys.argv, ["stepfuse", "export", *arguments]
-    try:
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-    finally:
-        sys.argv = before
-    return int(ended.value.code or 0)
 
 
 def test_the_folder_is_laid_out_as_diffusers_lays_it_out(artefact: Path) -> None:

@@ -35,15 +35,7 @@ def test_images_with_forced_kernels_equal_the_reference() -> None:
         explained = engine.explain()
     with Engine.load("shapes", device="cpu") as engine:
         plain = engine.generate(prompt, **request)
-    for op in (
-        "attention",
-        "group_norm_silu",
-        "geglu",
-        "add_layer_norm",
-        "layer_norm",
-        "bias_residual_add",
-        "sampler_step",
-    ):
+    for op in OPS:
         lines = [line.split() for line in explained.splitlines() if line.split()[0] == op]
         assert "triton" in {line[1] for line in lines}, explained
     difference = float((forced.latents - plain.latents).norm() / plain.latents.norm())

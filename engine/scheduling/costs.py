@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 
 CLIP = 4.0
 """A single update counts as this many times the estimate at most: some hold a capture or a compilation."""
@@ -12,10 +12,9 @@ CLIP = 4.0
 class MeasuredCosts:
     """(bucket, model rows) -> seconds of an update: an exponential average of those that ran.
 
-    size(bucket): pixels; buckets of one size cost the same. smoothing: weight of a new measurement. Between measured
-    numbers of rows the time is interpolated, above the largest it grows with the rows, below the smallest it stays; a
-    size that never ran is scaled from the nearest one. Zero until something was measured: what is unknown is not
-    refused. `note` is for one thread, calls for any.
+    size(bucket): pixels; buckets of one size cost the same. smoothing: weight of a new measurement. Other numbers of
+    rows are interpolated; a size that never ran is scaled from the nearest one. Zero until something was measured: what
+    is unknown is not refused. `note` is for one thread, calls for any.
     """
 
     def __init__(self, size: Callable[[Hashable], int], smoothing: float = 0.1) -> None:
@@ -40,22 +39,23 @@ class MeasuredCosts:
     def __call__(self, bucket: Hashable, rows: int) -> float:
         """Estimated seconds of one update."""
         size = self._size(bucket)
-        exact = self._seconds.get(size, {}).get(rows)
+        exact = self._seconds.get(size, {}).get(rows)  # the usual case: without sorting
         if exact is not None:
             return exact
         sizes = list(self._seconds)
         if not sizes:
             return 0.0
         near = min(sizes, key=lambda other: abs(math.log(other / size)))
-        return _interpolate(self._seconds[near], rows) * size / near
+        return interpolate(self._seconds[near], rows) * size / near
 
 
-def _interpolate(times: dict[int, float], rows: int) -> float:
+def interpolate(times: Mapping[int, float], rows: int) -> float:
+    """Seconds of an update, from some numbers of rows: between them linear, above in proportion, below the same."""
     known = sorted(times)
     above = next((n for n in known if n >= rows), None)
     if above is None:
         return times[known[-1]] * rows / known[-1]
     below = max((n for n in known if n < rows), default=above)
-    if above == below:
+    if above in (rows, below):
         return times[above]
     return times[below] + (times[above] - times[below]) * (rows - below) / (above - below)

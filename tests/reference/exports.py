@@ -1,17 +1,21 @@
-"""Small published structures for exports: two levels instead of four, so that recording them takes seconds."""
+"""Small published structures, recorded in seconds (two levels instead of four), and the export command."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import pytest
 import torch
 from diffusers.models.controlnets.controlnet import ControlNetModel
 from diffusers.schedulers.scheduling_pndm import PNDMScheduler
 from torch import nn
 from transformers import CLIPTextModelWithProjection
+
+from stepfuse import cli
 
 from . import pipelines
 from .networks import CONTROL, CROSS_DOWN, CROSS_UP, DOWN, SD, SD2, SDXL, UP, UPSCALER, vae
@@ -76,3 +80,14 @@ def build_pipeline(folder: Path) -> Any:
             randomize(module, f"export.{component}")
     pipeline.save_pretrained(folder)
     return pipeline
+
+
+def invoke(*arguments: str) -> int:
+    """Exit code of `stepfuse export ARGUMENTS`."""
+    before, sys.argv = sys.argv, ["stepfuse", "export", *arguments]
+    try:
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+    finally:
+        sys.argv = before
+    return int(ended.value.code or 0)
