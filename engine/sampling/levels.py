@@ -23,7 +23,7 @@ class Levels:
     `to[i]` is `at[i+1]` except where a sampler's own grid says otherwise (DDIM steps by count // steps). `scaled_input`
     marks the variance exploding state (alpha = 1), whose network input is x / sqrt(sigma^2 + 1). Sampling from pure
     noise starts at x = init_scale * unit noise. `final` is where a step below timestep 0 arrives. `start` steps of the
-    whole schedule were skipped.
+    whole schedule come before these, `left` steps after them.
     """
 
     at: tuple[Level, ...]
@@ -33,15 +33,17 @@ class Levels:
     init_scale: float = 1.0
     scaled_input: bool = False
     start: int = 0
+    left: int = 0
 
     @property
     def total(self) -> int:
         """Steps of the whole schedule, skipped ones included."""
-        return self.start + len(self.at)
+        return self.start + len(self.at) + self.left
 
-    def skip(self, start: int) -> Levels:
-        """These levels without the first `start` steps."""
-        return replace(self, at=self.at[start:], to=self.to[start:], start=self.start + start)
+    def part(self, start: int, stop: int) -> Levels:
+        """Steps `start` to `stop` (excluded) of these levels."""
+        left = self.left + len(self.at) - stop
+        return replace(self, at=self.at[start:stop], to=self.to[start:stop], start=self.start + start, left=left)
 
     def c_in(self, sigma: float) -> float:
         """What the state at `sigma` is multiplied by before the network sees it."""

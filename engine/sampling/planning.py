@@ -15,6 +15,7 @@ from .planners.edm import Churn, plan_euler, plan_heun
 from .planners.first_order import plan_ddim, plan_ddpm, plan_euler_ancestral, plan_lcm
 from .planners.lms import plan_lms
 from .planners.pndm import plan_pndm
+from .portion import Portion
 from .predictions import denoised_coefficients
 from .sampler_options import SamplerOptions
 from .scheduler_config import SchedulerConfig
@@ -52,6 +53,9 @@ def make_plan(
     s_noise: float = 1.0,
     sigmas: Sequence[float] | None = None,
     start: int = 0,
+    strength: float | None = None,
+    denoising_start: float | None = None,
+    denoising_end: float | None = None,
     compat: Collection[str] = (),
 ) -> Plan:
     """The table of `steps` steps of a sampler on a checkpoint.
@@ -61,14 +65,16 @@ def make_plan(
     eta       ddim (default 0), euler_a (default 1): share of the posterior noise that is drawn, 0 to 1
     s_*       churn of euler and heun (Karras et al. 2022, algorithm 2)
     sigmas    the sigma / alpha of every level, descending, the final one included: `steps` + 1 numbers
-    start     skip the first `start` steps (image to image); the history starts empty
+    start, strength, denoising_start, denoising_end
+              which of the steps to run, see `Portion`; the history starts empty
     compat    corrections of published behaviour, see `CORRECTIONS`
 
     Raises RequestError for what the request gets wrong, an option the sampler does not honour included, and
     CheckpointError for what the checkpoint's scheduler asks for and stepfuse does not do.
     """
     name = _sampler_name(config, sampler)
-    _check_numbers(steps, start, eta, s_churn, s_tmin, s_tmax, s_noise)
+    _check_numbers(steps, eta, s_churn, s_tmin, s_tmax, s_noise)
+    portion = Portion(start=start, strength=strength, denoising_start=denoising_start, denoising_end=denoising_end)
     _check_honoured(name, schedule, eta, (s_churn, s_tmin, s_tmax, s_noise), sigmas, compat)
     options = config.resolve(name, **_schedule_overrides(schedule))
     if sigmas is not None and len(sigmas) != steps + 1:
@@ -80,10 +86,9 @@ def make_plan(
             f"steps={steps}; the checkpoint was trained on {options.num_train_timesteps}, use at most those"
         )
     whole = _levels(name, options, steps, sigmas, compat)
-    levels = whole.skip(start)
-    updates, churned = _updates(name, levels, options, eta, Churn(s_churn, s_tmin, s_tmax, s_noise))
-    at = levels.at[0]
-    image, noise = (0.0, whole.init_scale) if start == 0 else (at.alpha, at.sigma)
+    levels, churn = portion.of(whole), Churn(s_churn, s_tmin, s_tmax, s_noise)
+    updates, churned = _updates(name, levels, options, eta, churn)
+    image, noise = portion.initial(levels)
     clamp = options.clip_sample_range if options.clip_sample else math.inf
     return Plan(
         updates=tuple(_complete(u, levels, options.prediction_type, clamp) for u in updates),
@@ -93,6 +98,8 @@ def make_plan(
         sampler=name,
         schedule=_schedule_name(name, options, sigmas),
         prediction_type=options.prediction_type,
+        arrivals=(*churn.raised(levels)[0][1:], levels.to[-1]) if churn.amount else levels.to,
+        cut=whole.at[steps - levels.left] if levels.left else None,
     )
 
 
@@ -175,13 +182,9 @@ def _schedule_overrides(schedule: str | None) -> dict[str, Any]:
     return overrides | ({"timestep_spacing": name} if name in SPACINGS else {})
 
 
-def _check_numbers(
-    steps: int, start: int, eta: float | None, s_churn: float, s_tmin: float, s_tmax: float, s_noise: float
-) -> None:
+def _check_numbers(steps: int, eta: float | None, s_churn: float, s_tmin: float, s_tmax: float, s_noise: float) -> None:
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise RequestError(f"steps={steps!r}; expected an integer of at least 1")
-    if isinstance(start, bool) or not isinstance(start, int) or not 0 <= start < steps:
-        raise RequestError(f"start={start!r}; expected an integer from 0 to steps - 1 = {steps - 1}")
     if eta is not None and not 0.0 <= eta <= 1.0:
         raise RequestError(f"eta={eta!r}; expected a number from 0 to 1")
     for label, value in (("s_churn", s_churn), ("s_tmin", s_tmin), ("s_tmax", s_tmax), ("s_noise", s_noise)):

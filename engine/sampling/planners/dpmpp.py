@@ -22,7 +22,7 @@ class Solver:
     def order_at(self, index: int, levels: Levels) -> int:
         """Order of step `index`: what the history allows, lowered at the end as diffusers lowers it."""
         order, short = min(self.order, index + 1), self.lower_order_final and levels.total < 15
-        left = len(levels.at) - 1 - index
+        left = len(levels.at) - 1 - index + levels.left
         if left == 0 and (self.euler_at_final or short or levels.to[index].sigma == 0.0):
             return 1
         return min(order, 2) if left == 1 and short else order
