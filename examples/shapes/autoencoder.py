@@ -100,8 +100,8 @@ def train(
     vae = build_autoencoder(seed).to(device)
     for name in STAGES:
         if state := load_checkpoint(work / f"{name}.pt"):
-            _part(vae, name).load_state_dict(state["weights"])
-    part, path = _part(vae, stage), work / f"{stage}.pt"
+            part_of(vae, name).load_state_dict(state["weights"])
+    part, path = part_of(vae, stage), work / f"{stage}.pt"
     optimizer = torch.optim.AdamW(part.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
     progress = Progress(stage, minutes=minutes, steps=steps)
     if state := load_checkpoint(path):
@@ -123,7 +123,7 @@ def train(
     _save(vae, path, stage, optimizer, progress, work)
 
 
-def _part(vae: AutoencoderKL, stage: str) -> torch.nn.ModuleList:
+def part_of(vae: AutoencoderKL, stage: str) -> torch.nn.ModuleList:
     if stage == "decoder":
         return torch.nn.ModuleList([vae.post_quant_conv, vae.decoder])
     return torch.nn.ModuleList([vae.encoder, vae.quant_conv])
@@ -132,7 +132,7 @@ def _part(vae: AutoencoderKL, stage: str) -> torch.nn.ModuleList:
 def _save(
     vae: AutoencoderKL, path: Path, stage: str, optimizer: torch.optim.Optimizer, progress: Progress, work: Path
 ) -> None:
-    weights = _part(vae, stage).state_dict()
+    weights = part_of(vae, stage).state_dict()
     save_checkpoint(path, {"weights": weights, "optimizer": optimizer.state_dict(), "progress": progress.state()})
     vae.save_pretrained(work / "vae")
     print(f"{stage}: {psnr(vae, stage):.2f} dB", flush=True)

@@ -2,6 +2,7 @@
 
 Pixels only (numpy and scipy), nothing of the engine: background from the border, objects as connected regions that
 differ from it, colors by the nearest palette entry, shapes by overlap with templates in the object's own bounding box.
+A picture of 128x128, 192x192, ... is judged at its own size: what is said in pixels below is pixels of a 64x64 one.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ TEMPLATE = 24
 
 @dataclass(frozen=True)
 class Seen:
-    """One object found in a picture: color, shape, overlap with the shape's template, center and width in pixels."""
+    """One object found in a picture: color, shape, overlap with its template, center and width in 64x64 pixels."""
 
     color: str
     shape: str
@@ -71,25 +72,27 @@ def nearest_color(rgb: np.ndarray) -> str:
     return NAMES[distance.argmin()] if distance.min() < COLOR_DISTANCE else ""
 
 
-def stretched(mask: np.ndarray) -> np.ndarray:
-    """A mask's bounding box resampled to [24, 24]: shape without place and size."""
+def stretched(mask: np.ndarray, side: int = TEMPLATE) -> np.ndarray:
+    """A mask's bounding box resampled to [side, side]: shape without place and size."""
     ys, xs = np.nonzero(mask)
-    rows = ys.min() + (np.arange(TEMPLATE) + 0.5) * (ys.max() + 1 - ys.min()) / TEMPLATE
-    columns = xs.min() + (np.arange(TEMPLATE) + 0.5) * (xs.max() + 1 - xs.min()) / TEMPLATE
+    rows = ys.min() + (np.arange(side) + 0.5) * (ys.max() + 1 - ys.min()) / side
+    columns = xs.min() + (np.arange(side) + 0.5) * (xs.max() + 1 - xs.min()) / side
     return mask[rows.astype(int)[:, None], columns.astype(int)]
 
 
 @cache
-def templates() -> dict[str, np.ndarray]:
+def templates(side: int = TEMPLATE) -> dict[str, np.ndarray]:
+    """The shapes as masks [side, side]."""
     y, x = np.mgrid[0:256, 0:256] - 127.5
-    return {shape: stretched(signed_distance(shape, x, y, 100.0) < 0) for shape in SHAPES}
+    return {shape: stretched(signed_distance(shape, x, y, 100.0) < 0, side) for shape in SHAPES}
 
 
 def look(image: np.ndarray) -> tuple[str, list[Seen]]:
-    """Background color and objects of an RGB image [64, 64, 3] float in 0..1."""
-    border = np.concatenate(
-        [image[:2].reshape(-1, 3), image[-2:].reshape(-1, 3), image[:, :2].reshape(-1, 3), image[:, -2:].reshape(-1, 3)]
-    )
+    """Background color and objects of an RGB image [64 k, 64 k, 3] float in 0..1, k = 1, 2, ..."""
+    scale = image.shape[0] // SIZE
+    wide = 2 * scale
+    edges = (image[:wide], image[-wide:], image[:, :wide], image[:, -wide:])
+    border = np.concatenate([edge.reshape(-1, 3) for edge in edges])
     ground = np.median(border, axis=0)
     different = np.linalg.norm(image - ground, axis=2) > FOREGROUND_DISTANCE
     regions: np.ndarray = np.zeros(different.shape, np.int32)
@@ -97,19 +100,19 @@ def look(image: np.ndarray) -> tuple[str, list[Seen]]:
     objects = []
     for index in range(1, count + 1):
         mask = regions == index
-        if mask.sum() >= MIN_AREA:
-            objects.append(_describe(image, mask, ground))
+        if mask.sum() >= MIN_AREA * scale**2:
+            objects.append(_describe(image, mask, ground, scale))
     return nearest_color(ground), objects
 
 
-def _describe(image: np.ndarray, mask: np.ndarray, ground: np.ndarray) -> Seen:
-    core = ndimage.binary_erosion(mask, iterations=2)
-    rgb = np.median(image[core if core.sum() >= 10 else mask], axis=0)
+def _describe(image: np.ndarray, mask: np.ndarray, ground: np.ndarray, scale: int) -> Seen:
+    core = ndimage.binary_erosion(mask, iterations=2 * scale)
+    rgb = np.median(image[core if core.sum() >= 10 * scale**2 else mask], axis=0)
     # The outline is where a pixel is half object, half background: faint edge pixels would stretch the bounding box.
     share = (image - ground) @ (rgb - ground) / np.sum((rgb - ground) ** 2)
     mask = mask & (share > 0.5)
-    color, form = nearest_color(rgb), stretched(mask)
-    overlaps = {name: (form & t).sum() / (form | t).sum() for name, t in templates().items()}
+    color, form = nearest_color(rgb), stretched(mask, TEMPLATE * scale)
+    overlaps = {name: (form & t).sum() / (form | t).sum() for name, t in templates(TEMPLATE * scale).items()}
     shape = max(overlaps, key=overlaps.__getitem__)
     ys, xs = np.nonzero(mask)
     height, width = np.ptp(ys) + 1, np.ptp(xs) + 1
@@ -119,16 +122,19 @@ def _describe(image: np.ndarray, mask: np.ndarray, ground: np.ndarray) -> Seen:
         color,
         shape,
         float(overlaps.get(shape, 0.0)),
-        (xs.min() + xs.max()) / 2,
-        (ys.min() + ys.max()) / 2,
-        float(width),
+        ((xs.min() + xs.max() + 1) / scale - 1) / 2,
+        ((ys.min() + ys.max() + 1) / scale - 1) / 2,
+        float(width / scale),
     )
 
 
 def judge(image: np.ndarray, scene: Scene) -> Verdict:
-    """Compare an image [64, 64, 3] (float 0..1 or uint8) with a scene."""
-    if image.shape != (SIZE, SIZE, 3):
-        raise ValueError(f"got an image of shape {image.shape}; expected ({SIZE}, {SIZE}, 3): render at 64x64")
+    """Compare an image [64 k, 64 k, 3] (float 0..1 or uint8, k = 1, 2, ...) with a scene."""
+    side = image.shape[0]
+    if image.shape != (side, side, 3) or side < SIZE or side % SIZE:
+        raise ValueError(
+            f"got an image of shape {image.shape}; expected ({SIZE}, {SIZE}, 3) or a multiple: render at 64x64"
+        )
     image = image.astype(np.float32) / 255 if image.dtype == np.uint8 else image
     background, seen = look(image)
     count = len(seen) == len(scene.items)

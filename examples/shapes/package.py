@@ -51,7 +51,7 @@ def package(work: Path, target: Path) -> int:
     build_tokenizer(fresh / "tokenizer")
     (fresh / "stepfuse.json").write_text(json.dumps(DEFAULTS, indent=2) + "\n")
     for path in fresh.rglob("*.json"):
-        _forget_origin(path)
+        forget_origin(path)
     for path in fresh.rglob("*.safetensors"):
         path.chmod(0o644)
     sizes = {path: path.stat().st_size for path in fresh.rglob("*") if path.is_file()}
@@ -66,7 +66,7 @@ def _load(kind: type, folder: Path) -> torch.nn.Module | None:
     return kind.from_pretrained(folder) if folder.exists() else None
 
 
-def _forget_origin(path: Path) -> None:
+def forget_origin(path: Path) -> None:
     """Drop the path the part was loaded from, which diffusers and transformers write into the configs."""
     values = json.loads(path.read_text())
     if isinstance(values, dict) and ("_name_or_path" in values or "name_or_path" in values):

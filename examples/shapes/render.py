@@ -1,4 +1,4 @@
-"""Draws scenes as anti-aliased 64x64 images, through signed distances in pixels."""
+"""Draws scenes as anti-aliased images, 64x64 or windows of larger ones, through signed distances in pixels."""
 
 from __future__ import annotations
 
@@ -39,3 +39,19 @@ def render(scenes: Sequence[Scene]) -> np.ndarray:
             alpha = coverage(item)
             image += alpha * (RGB[item.color][:, None, None] - image)
     return images
+
+
+def render_window(scene: Scene, *, scale: int, left: int, top: int, side: int) -> np.ndarray:
+    """A square window of the scene drawn `scale` times as large, float32 [3, side, side] in 0..1.
+
+    left, top and side are in pixels of the large image, whose side is 64 * scale. Edges are one large pixel wide: the
+    window is what a finer renderer would have drawn, not an enlarged picture.
+    """
+    x = np.arange(left, left + side, dtype=np.float32)[None, :] + 0.5
+    y = np.arange(top, top + side, dtype=np.float32)[:, None] + 0.5
+    image = np.empty((3, side, side), np.float32)
+    image[:] = RGB[scene.background][:, None, None]
+    for item in scene.items:
+        distance = signed_distance(item.shape, x - scale * item.x, y - scale * item.y, scale * item.r)
+        image += np.clip(0.5 - distance, 0.0, 1.0) * (RGB[item.color][:, None, None] - image)
+    return image
