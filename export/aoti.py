@@ -6,7 +6,6 @@ The artefact holds every graph's weights once (under the names of the checkpoint
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,8 +24,8 @@ from ..kernels.policy import Choice
 from . import weights
 from .aoti_package import bind, buckets, compile_package, inputs_of, record_program, unbind
 from .folder import (
-    SIDE_FOLDERS,
     Options,
+    copy_sides,
     dtype_of,
     hashes,
     load_network,
@@ -34,6 +33,7 @@ from .folder import (
     ports_of,
     require_new,
     resolve_dtype,
+    save_final_norm,
 )  # fmt: skip
 from .program import DTYPES, PREFIX
 from .spec import GraphSpec, available, make_spec
@@ -70,9 +70,7 @@ def export_aoti(
         own = dtype_of(checkpoint, spec, dtype)
         made = _Packages(checkpoint, spec, output / spec.name, own, place, kernels, progress)
         graphs[spec.name] = made.graph(profiles[spec.name])
-    for name in SIDE_FOLDERS:
-        if name in checkpoint.components:
-            shutil.copytree(checkpoint.folder(name), output / name, dirs_exist_ok=True)
+    copy_sides(checkpoint, output)
     manifest = Manifest(
         kind="aoti",
         architecture=detect(checkpoint).architecture if "" not in checkpoint.components else "",
@@ -80,6 +78,7 @@ def export_aoti(
         graphs=graphs,
         versions={"stepfuse": __version__, "torch": torch.__version__},
         files=hashes(output),
+        settings=dict(checkpoint.options),
     )
     manifest.save(output)
     return manifest
@@ -151,6 +150,7 @@ class _Packages:
         weights.copy(((key, values[name]) for name, key in keys.items()), self.folder)
         config = self.checkpoint.config(spec.component)
         (self.folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        save_final_norm(spec, self.folder)
         return {PREFIX + name: key for name, key in keys.items()}
 
     def _compile(self, profile: Profile, names: Mapping[str, str]) -> tuple[dict[str, int], dict[str, Tensor]]:

@@ -58,11 +58,13 @@ def onnx(
     if weights not in ("copy", "link"):
         raise RequestError(f"--weights: got {weights!r}, expected copy or link")
     from .folder import Options, export_onnx, open_source, resolve_dtype
-    from .verify import verify
+    from .verify import require_runnable, verify
 
     options = Options(
         **found, dtype=resolve_dtype(dtype), opset=opset, where=weights, variant=variant, download=download
     )
+    if not no_verify:
+        require_runnable(options.dtype)
     manifest = export_onnx(model, output, options, lambda text: err.print(text))
     for name, graph in manifest.graphs.items():
         size = sum(file.stat().st_size for file in (output / name).iterdir())
@@ -126,23 +128,15 @@ def verify(
 def inspect(
     folder: Folder, as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")] = False
 ) -> None:
-    """Layers, types, sizes and operators of every graph."""
+    """Kind, versions, sizes, profiles and operators of an artefact; of plans and packages what is readable here."""
     from .inspect import inspect as read
 
     found = read(folder)
     if as_json:
-        sys.stdout.write(json.dumps([contents.as_json() for contents in found], indent=2) + "\n")
+        sys.stdout.write(json.dumps(found.as_json(), indent=2) + "\n")
         return
-    for contents in found:
-        graph = contents.graph
-        sizes = ", ".join(f"{kind} {size / 2**20:.1f} MiB" for kind, size in contents.bytes.items())
-        out.print(
-            f"[bold]{contents.name}[/]  {graph.dtype}, {contents.nodes} nodes, {contents.tensors} tensors: {sizes}"
-        )
-        for port in (*graph.inputs, *graph.outputs):
-            arrow = "->" if port in graph.outputs else "  "
-            out.print(f"  {arrow} {port.name}  {port.dtype} {list(port.shape)}", markup=False)
-        out.print("  " + ", ".join(f"{op} {count}" for op, count in contents.ops.items()), markup=False)
+    for line in found.lines():
+        out.print(line, markup=False)
 
 
 def _conclude(report: Report) -> None:

@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 from .. import __version__
 from ..engine.artifact import MANIFEST, Graph, Manifest, Port, inside, sha256
+from ..engine.components import DEFAULTS_FILE
 from ..engine.errors import RequestError, closest
 from ..engine.families import BUILTIN, builtin_folder
 from ..engine.models.vae import VAEConfig
+from ..engine.runtimes.exported import FINAL_NORM
 from ..engine.weights.checkpoint import Checkpoint, TensorInfo
 from ..engine.weights.detect import detect
 from ..engine.weights.load import check_weights, load_weights
@@ -25,7 +28,7 @@ from . import onnx, weights
 from .program import DTYPES, trace
 from .spec import GraphSpec, defaults, make_spec
 
-SIDE_FOLDERS = ("tokenizer", "tokenizer_2", "scheduler")
+SIDE_FOLDERS = ("tokenizer", "tokenizer_2", "scheduler", "low_res_scheduler")
 ALIASES = {"fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}
 REPORTS = ("parity.md", "parity.json")
 PIPELINES = {"StableDiffusionPipeline": "OnnxStableDiffusionPipeline"}
@@ -95,9 +98,10 @@ def export_onnx(
             axes={name: (axis.min, axis.max) for name, axis in spec.axes.items()},
             profiles=profiles[spec.name],
             traced={name: axis.traced for name, axis in spec.axes.items()},
-            options={"opset": options.opset, "keep": list(options.keep), **notes},
+            options={"opset": options.opset, "keep": list(options.keep), "scale": spec.scale, **notes},
         )
-    _copy_sides(checkpoint, output, list(graphs))
+    copy_sides(checkpoint, output)
+    _write_index(checkpoint, output, list(graphs))
     manifest = Manifest(
         kind="onnx",
         architecture=detect(checkpoint).architecture if "" not in checkpoint.components else "",
@@ -105,6 +109,7 @@ def export_onnx(
         graphs=graphs,
         versions={"stepfuse": __version__, **{name: version(name) for name in ("torch", "onnx", "onnxscript")}},
         files=hashes(output),
+        settings=dict(checkpoint.options),
     )
     manifest.save(output)
     return manifest
@@ -145,6 +150,7 @@ def _export_graph(
     onnx.save(model, folder)
     config = checkpoint.config(spec.component)
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    save_final_norm(spec, folder)
     spec.module.to("meta")  # the weights are in their file; the next graph needs the memory
     return {"weights": options.where, "tensors": attached}
 
@@ -186,8 +192,25 @@ def require_new(output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
 
 
-def _copy_sides(checkpoint: Checkpoint, output: Path, graphs: Sequence[str]) -> None:
-    """Tokenizers, the scheduler and `model_index.json`, as diffusers' ONNX pipelines read them."""
+def save_final_norm(spec: GraphSpec, folder: Path) -> None:
+    """The last norm of a text encoder beside its graph: `clip_skip` applies it to a hidden state of another layer."""
+    if spec.name.startswith("text_encoder"):
+        network: Any = spec.module.get_submodule("net")
+        norm = getattr(network, "text_model", network).final_layer_norm
+        save_file({"weight": norm.weight, "bias": norm.bias}, folder / FINAL_NORM)
+
+
+def copy_sides(checkpoint: Checkpoint, output: Path) -> None:
+    """Tokenizers, the scheduler and the defaults: what an engine needs beside the graphs."""
+    for name in SIDE_FOLDERS:
+        if name in checkpoint.components:
+            shutil.copytree(checkpoint.folder(name), output / name, dirs_exist_ok=True)
+    if (checkpoint.root / DEFAULTS_FILE).is_file():
+        shutil.copyfile(checkpoint.root / DEFAULTS_FILE, output / DEFAULTS_FILE)
+
+
+def _write_index(checkpoint: Checkpoint, output: Path, graphs: Sequence[str]) -> None:
+    """`model_index.json`, as diffusers' ONNX pipelines read it."""
     index: dict[str, Any] = {
         "_class_name": PIPELINES.get(checkpoint.class_name, checkpoint.class_name),
         "feature_extractor": [None, None],
@@ -199,8 +222,7 @@ def _copy_sides(checkpoint: Checkpoint, output: Path, graphs: Sequence[str]) -> 
     index |= checkpoint.options
     for name in SIDE_FOLDERS:
         if name in checkpoint.components:
-            shutil.copytree(checkpoint.folder(name), output / name, dirs_exist_ok=True)
-            library = "diffusers" if name == "scheduler" else "transformers"
+            library = "diffusers" if name.endswith("scheduler") else "transformers"
             index[name] = [library, checkpoint.components[name]]
     index |= {name: ["diffusers", "OnnxRuntimeModel"] for name in graphs if name not in ("update", "controlled_unet")}
     (output / "model_index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -7,7 +7,8 @@ its version. Precision is that of the graph (strongly typed networks).
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -20,6 +21,9 @@ from ..engine.runtimes.tensorrt import logger
 FUSED_HEAD_DIMS = (16, 24, 32, 40, 48, 64, 72, 80, 96, 128, 160, 192, 256)
 """Head dimensions that TensorRT-RTX 1.7.1 has an attention kernel for, in float16 and, from SM 80, bfloat16; of those
 that were tried, 8 and 512 had none."""
+
+BFLOAT16_SINCE = 80
+"""The oldest compute capability with bfloat16."""
 
 Progress = Callable[[str, int, int], None]
 """Called with the phase, steps done and steps in all."""
@@ -50,8 +54,20 @@ class Attention:
 
     def unfused(self, sms: Sequence[int]) -> list[int]:
         """The targets without a known attention kernel for it."""
-        oldest = {"float16": 0, "bfloat16": 80}.get(self.dtype, 10**6)
+        oldest = {"float16": 0, "bfloat16": BFLOAT16_SINCE}.get(self.dtype, 10**6)
         return [sm for sm in sms if sm < oldest or self.head_dim not in FUSED_HEAD_DIMS]
+
+
+@dataclass(frozen=True)
+class Built:
+    """The network a plan was built from, as TensorRT parsed it and before it fused anything.
+
+    layers: by type. precisions: layers by the floating-point dtype of their result.
+    """
+
+    attentions: tuple[Attention, ...]
+    layers: Mapping[str, int]
+    precisions: Mapping[str, int]
 
 
 def check_target(trt: ModuleType, target: Target) -> None:
@@ -69,19 +85,31 @@ def check_target(trt: ModuleType, target: Target) -> None:
         raise RequestError(f"--sm: got {got}, {target.flavour} {trt.__version__} has {listed}{others}")
 
 
+def check_dtype(dtype: str, sms: Sequence[int]) -> None:
+    """Raise RequestError where a target cannot compute in the dtype of a graph."""
+    old = [sm for sm in sms if dtype == "bfloat16" and sm < BFLOAT16_SINCE]
+    if old:
+        raise RequestError(
+            f"--dtype: SM {', '.join(map(str, old))} cannot compute in bfloat16, which SM {BFLOAT16_SINCE} and newer"
+            " can: use fp16, or leave the target out"
+        )
+
+
 def build(
     trt: ModuleType, source: Path, plan: Path, graph: Graph, target: Target, progress: Progress | None = None
-) -> list[Attention]:
-    """Build the plan of `graph`, whose model is `source`, into the file `plan`; returns its attentions.
+) -> Built:
+    """Build the plan of `graph`, whose model is `source`, into the file `plan`; returns what it was built from.
 
     Raises RequestError for targets or a graph this package cannot build, DeviceError with TensorRT's own words where
     the build fails. No file is left then.
     """
     check_target(trt, target)
+    check_dtype(graph.dtype, target.sms)
     messages = logger(trt).messages
     messages.clear()
     builder = trt.Builder(logger(trt))
     network = _parse(trt, builder, source, graph)
+    layers, precisions = _layers(trt, network)
     attentions = _free_attention(trt, network, graph, target)
     config = builder.create_builder_config()
     if hasattr(trt, "ComputeCapability"):
@@ -94,7 +122,7 @@ def build(
         config.progress_monitor = _monitor(trt, progress)
     _add_profiles(builder, config, network, graph, messages)
     _write(trt, builder, network, config, plan, messages)
-    return attentions
+    return Built(tuple(attentions), layers, precisions)
 
 
 def _parse(trt: ModuleType, builder: Any, source: Path, graph: Graph) -> Any:
@@ -141,6 +169,18 @@ def _free_attention(trt: ModuleType, network: Any, graph: Graph, target: Target)
             " leave the option out to have it decomposed"
         )
     return found
+
+
+def _layers(trt: ModuleType, network: Any) -> tuple[dict[str, int], dict[str, int]]:
+    """How many layers of every type, and results of every floating-point dtype, the most frequent first."""
+    dtypes = {getattr(trt.DataType, theirs): ours for theirs, ours in _ELEMENTS.items()}
+    types: Counter[str] = Counter()
+    results: Counter[str] = Counter()
+    for layer in map(network.get_layer, range(network.num_layers)):
+        types[layer.type.name] += 1
+        if layer.num_outputs and (dtype := layer.get_output(0).dtype) in dtypes:
+            results[dtypes[dtype]] += 1
+    return dict(types.most_common()), dict(results.most_common())
 
 
 def _add_profiles(builder: Any, config: Any, network: Any, graph: Graph, messages: Iterable[str]) -> None:

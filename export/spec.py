@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ..engine.artifact import Port, Profile, Range
+from ..engine.artifact import Port, Profile
 from ..engine.conditioning.text import build_model
 from ..engine.errors import RequestError, closest
 from ..engine.models.controlnet import ControlNet, ControlNetConfig
@@ -22,6 +22,7 @@ from ..engine.models.vae import AutoencoderKL, VAEConfig
 from ..engine.weights.checkpoint import Checkpoint
 from ..kernels.sampler_step.columns import HISTORY, Column
 from . import graphs
+from .profiles import declare
 
 MODEL = "model"
 """dtype of a port that has the dtype the graph is exported in."""
@@ -30,6 +31,8 @@ ROWS = 64
 SITES = 1024
 TOKENS = 1024
 UPDATES = 2000
+POOLED = 1280
+"""Width of the pooled prompt of the published SDXL networks: the base has six size ids beside it, the refiner five."""
 
 
 class Axis(NamedTuple):
@@ -59,41 +62,9 @@ class GraphSpec:
     usual: Mapping[str, int] = field(default_factory=dict[str, int])
 
     def profiles(self, shapes: Sequence[tuple[int, int]], rows: Sequence[int]) -> tuple[Profile, ...]:
-        """One profile per resolution (width, height in pixels) for all row counts, the largest being the usual one.
-
-        Raises RequestError for a resolution this graph cannot have.
-        """
-        made = []
-        for width, height in shapes if self.scale else ((0, 0),):
-            axes = {}
-            for name, axis in self.axes.items():
-                if name in ("height", "width"):
-                    pixels = height if name == "height" else width
-                    size = self._sites(name, pixels, axis)
-                    axes[name] = Range(size, size, size)
-                elif name in ("rows", "steps"):
-                    low = 1 if name == "steps" else min(rows)
-                    axes[name] = Range(low, max(rows), max(rows))
-                else:
-                    axes[name] = Range(axis.min, self.usual[name], max(axis.min, self.usual[name]))
-            made.append(Profile(f"{width}x{height}" if self.scale else "all", axes))
-        if not axis_fits(self.axes["rows"], rows):
-            raise RequestError(f"--rows: got {list(rows)}, expected whole numbers from 1 to {self.axes['rows'].max}")
-        return tuple(made)
-
-    def _sites(self, name: str, pixels: int, axis: Axis) -> int:
-        sites, rest = divmod(pixels, self.scale)
-        if rest or not axis.min <= sites <= axis.max:
-            low, high = axis.min * self.scale, axis.max * self.scale
-            raise RequestError(
-                f"--shapes: {self.name} got {name} {pixels}, expected a multiple of {self.scale} from {low} to {high}"
-            )
-        return sites
-
-
-def axis_fits(axis: Axis, sizes: Sequence[int]) -> bool:
-    """Whether there are sizes, all of them within the axis."""
-    return len(sizes) > 0 and all(axis.min <= size <= axis.max for size in sizes)
+        """One profile per resolution, as `declare` makes them. Raises RequestError for what this graph cannot have."""
+        spans = {name: (axis.min, axis.max) for name, axis in self.axes.items()}
+        return declare(self.name, spans, self.scale, self.usual, shapes, rows)
 
 
 def available(checkpoint: Checkpoint) -> list[str]:
@@ -321,10 +292,11 @@ def _denoiser_inputs(config: UNetConfig, checkpoint: Checkpoint) -> tuple[tuple[
 
 
 def _pooled_width(checkpoint: Checkpoint, added: int, each: int) -> int:
-    """Width of the pooled prompt: what the text encoder gives; without one, what six size ids leave."""
+    """Width of the pooled prompt: what the text encoder gives; without one, the usual or what six size ids leave."""
     if "text_encoder_2" in checkpoint.components:
         return int(checkpoint.config("text_encoder_2").get("projection_dim", 512))
-    return added - 6 * each
+    rest = added - POOLED
+    return POOLED if rest > 0 and rest % each == 0 else added - 6 * each
 
 
 def _network(cls: Callable[[Any], Any], config: Any) -> Any:
@@ -346,10 +318,16 @@ def _image_axes(smallest: int) -> dict[str, Axis]:
 
 
 def _scale(checkpoint: Checkpoint) -> int:
-    """Pixels per latent; a conditional U-Net without its autoencoder is taken for one of Stable Diffusion."""
+    """Pixels per latent; a conditional U-Net without its autoencoder is taken for one of Stable Diffusion.
+
+    Of those the x4 upscaler, which has noise levels for classes, has latents of a quarter of its image's size.
+    """
     if checkpoint.components.get("vae") == "AutoencoderKL":
         return VAEConfig.from_diffusers(checkpoint.config("vae")).factor
-    return 1 if "UNet2DModel" in checkpoint.components.values() else 8
+    if "UNet2DModel" in checkpoint.components.values():
+        return 1
+    levels = checkpoint.components.get("") == "UNet2DConditionModel" and checkpoint.config("").get("num_class_embeds")
+    return 4 if levels else 8
 
 
 def _usual(checkpoint: Checkpoint) -> dict[str, int]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from tempfile import mkdtemp
+from typing import Any
 
 import torch
 
@@ -16,9 +17,11 @@ from .. import __version__
 from ..engine.artifact import MANIFEST, Graph, Manifest, sha256
 from ..engine.env import cache_dir
 from ..engine.errors import CheckpointError, DeviceError, MemoryBudgetError, RequestError
+from ..engine.runtimes.exported import FINAL_NORM
 from ..engine.runtimes.tensorrt import load_package, open_plan
-from .inspect import inspect
-from .plan import Target, build, check_target
+from .inspect import read_graph
+from .plan import Built, Target, build, check_dtype, check_target
+from .profiles import redeclare
 
 FILE = "model.plan"
 MEMORY_FACTOR = 3.5
@@ -32,10 +35,15 @@ Progress = Callable[[str, str, int, int], None]
 
 @dataclass(frozen=True, kw_only=True)
 class PlanOptions:
-    """What is built and for what. components: graphs of the artefact, () means all. ignore_memory: build even where the
-    estimate exceeds the memory of this machine."""
+    """What is built and for what.
+
+    components: graphs of the artefact, () means all. shapes: width x height in pixels, and rows, that profiles are made
+    for; () means those of the artefact. ignore_memory: build even where the estimate exceeds this machine's memory.
+    """
 
     components: tuple[str, ...] = ()
+    shapes: tuple[tuple[int, int], ...] = ()
+    rows: tuple[int, ...] = ()
     target: Target = field(default_factory=Target)
     ignore_memory: bool = False
 
@@ -57,33 +65,37 @@ def build_plans(
     target = options.target
     trt = load_package(target.flavour)
     check_target(trt, target)
-    manifest = Manifest.load(source)
-    weights = {contents.name: sum(contents.bytes.values()) for contents in inspect(source)}  # refuses other kinds
-    graphs = {name: manifest.graph(name) for name in options.components or manifest.graphs}
-    manifest.check(source, only=graphs)
+    manifest = _onnx_manifest(source)
     target_sms = target.sms or _device_sm(target.flavour)
+    graphs = {
+        name: redeclare(name, manifest.graph(name), options.shapes, options.rows)
+        for name in options.components or manifest.graphs
+    }
+    for graph in graphs.values():
+        check_dtype(graph.dtype, target_sms)
+    copied = _copied(manifest, list(graphs))
+    manifest.check(source, only={*graphs, *(PurePosixPath(name).parts[0] for name in copied)})
+    manifest = replace(manifest, graphs=graphs)
+    weights = {name: sum(read_graph(source, name, graph).weights.values()) for name, graph in graphs.items()}
     versions = {**manifest.versions, "stepfuse": __version__, target.flavour: str(trt.__version__)}
     planned = {name: plan_graph(manifest, name, target, target_sms) for name in graphs}
-    folder = _cached(planned, versions) if output is None else output
+    folder = _cached(planned, versions, copied) if output is None else output
     if output is None and _is_built(folder, planned, versions):
         return folder
-    require_memory({name: weights[name] for name in graphs}, options.ignore_memory)
+    require_memory(weights, options.ignore_memory)
     _require_free(folder)
     part = Path(mkdtemp(prefix=".plans-", dir=_made(folder.parent)))  # mode 0700
     try:
         for name, graph in graphs.items():
             (part / name).mkdir(mode=0o700)
-            attentions = build(
+            built = build(
                 trt, source / graph.file, part / planned[name].file, graph, target,
                 lambda phase, done, steps, name=name: progress(name, phase, done, steps),
             )  # fmt: skip
-            notes = {
-                "layers": len(attentions),
-                "head_dims": sorted({attention.head_dim for attention in attentions}),
-                "decomposed": sum(bool(attention.unfused(target_sms)) for attention in attentions),
-            }
-            planned[name] = replace(planned[name], options={**planned[name].options, "attention": notes})
-            shutil.copyfile(source / name / "config.json", part / name / "config.json")
+            planned[name] = replace(planned[name], options={**planned[name].options, **_notes(built, target_sms)})
+        for name in copied:
+            (part / name).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            shutil.copyfile(source / name, part / name)
         files = [file for file in sorted(part.rglob("*")) if file.is_file()]
         hashes = {file.relative_to(part).as_posix(): sha256(file) for file in files}
         replace(manifest, kind="tensorrt", graphs=planned, versions=versions, files=hashes).save(part)
@@ -110,6 +122,7 @@ def plan_graph(manifest: Manifest, name: str, target: Target, sms: tuple[int, ..
         "workspace": target.workspace,
         "fused_attention": target.fused_attention,
         "opset": graph.options.get("opset"),
+        "scale": graph.options.get("scale"),
         "onnx": manifest.files[graph.file],
         "weights": weight_hashes(manifest, name),
         "onnx_tolerance": graph.tolerance,
@@ -175,6 +188,23 @@ def verify_command(folder: Path, model: str) -> str:
     return f"stepfuse export verify {folder} --model {model}"
 
 
+def _onnx_manifest(source: Path) -> Manifest:
+    manifest = Manifest.load(source)
+    if manifest.kind != "onnx":
+        raise CheckpointError(f"{source} holds {manifest.kind} graphs; plans are built from ONNX ones")
+    return manifest
+
+
+def _notes(built: Built, sms: tuple[int, ...]) -> dict[str, Any]:
+    """What the manifest says about the network a plan was built from."""
+    attention = {
+        "layers": len(built.attentions),
+        "head_dims": sorted({attention.head_dim for attention in built.attentions}),
+        "decomposed": sum(bool(attention.unfused(sms)) for attention in built.attentions),
+    }
+    return {"attention": attention, "layers": dict(built.layers), "precisions": dict(built.precisions)}
+
+
 def _device_sm(flavour: str) -> tuple[int, ...]:
     """The GPU that `tensorrt` builds for."""
     if not torch.cuda.is_available():
@@ -183,9 +213,17 @@ def _device_sm(flavour: str) -> tuple[int, ...]:
     return (10 * major + minor,)
 
 
-def _cached(graphs: Mapping[str, Graph], versions: Mapping[str, str]) -> Path:
-    """The folder in the cache for exactly these plans."""
-    described = {name: asdict(graph) for name, graph in graphs.items()} | {"versions": dict(versions)}
+def _copied(manifest: Manifest, graphs: Sequence[str]) -> dict[str, str]:
+    """The files of the ONNX artefact that plans need, too, with their hashes."""
+    needed = {f"{name}/{file}" for name in graphs for file in ("config.json", FINAL_NORM)}
+    needed |= set(manifest.beside) - {"model_index.json"}
+    return {name: digest for name, digest in manifest.files.items() if name in needed}
+
+
+def _cached(graphs: Mapping[str, Graph], versions: Mapping[str, str], copied: Mapping[str, str]) -> Path:
+    """The folder in the cache for exactly these plans and the files beside them."""
+    described = {name: asdict(graph) for name, graph in graphs.items()}
+    described |= {"versions": dict(versions), "copied": dict(copied)}
     key = hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()[:24]
     return cache_dir() / "plans" / key
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -12,10 +13,10 @@ from rich.progress import Progress, TaskID
 
 from ..engine.artifact import MANIFEST, Manifest
 from ..engine.errors import NumericsError, RequestError
-from .arguments import names, resolutions, row_counts
+from .arguments import Download, Variant, names, resolutions, row_counts
 
 if TYPE_CHECKING:
-    from .plan import Target
+    from .folder import Options
 
 out = Console(highlight=False, soft_wrap=True)
 err = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -29,9 +30,13 @@ def tensorrt(
         str | None, typer.Option(help="Compute capabilities; default 86,89,120. tensorrt: the GPU here.")
     ] = None,
     components: Annotated[str, typer.Option(help="unet,vae_decoder,...; default: all there are.")] = "",
-    shapes: Annotated[str | None, typer.Option(help="Of a checkpoint: resolutions WIDTHxHEIGHT in pixels.")] = None,
-    rows: Annotated[str | None, typer.Option(help="Of a checkpoint: rows of the network.")] = None,
+    shapes: Annotated[
+        str | None, typer.Option(help="Resolutions WIDTHxHEIGHT in pixels; default 512x512, or the artefact's.")
+    ] = None,
+    rows: Annotated[str | None, typer.Option(help="Rows of the network; default 1,2, or the artefact's.")] = None,
     dtype: Annotated[str | None, typer.Option(help="Of a checkpoint: fp16, bf16, float32; default fp16.")] = None,
+    variant: Variant = None,
+    download: Download = False,
     workspace: Annotated[int | None, typer.Option(help="MiB of device memory a layer may use.", min=1)] = None,
     fused_attention: Annotated[
         bool, typer.Option("--fused-attention", help="Fail where an attention has no kernel of its own.")
@@ -44,22 +49,26 @@ def tensorrt(
     ] = False,
 ) -> None:
     """Build TensorRT plans. They cannot be proved here: the command that does it on the target is printed."""
-    from .plan import Target, check_target
+    from .plan import Target, check_dtype, check_target
     from .tensorrt import PlanOptions, build_plans, load_package, verify_command
 
     targets = () if flavour == "tensorrt" and sm is None else parse_sms(sm or "86,89,120")
     limit = None if workspace is None else workspace * 2**20
     target = Target(flavour=flavour, sms=targets, workspace=limit, fused_attention=fused_attention)
     check_target(load_package(flavour), target)
-    wanted = names(components)
+    common = {"components": names(components), "shapes": resolutions(shapes or ""), "rows": row_counts(rows or "")}
     with TemporaryDirectory(prefix="stepfuse-onnx-") as scratch, Progress(console=err, transient=True) as bar:
         source = Path(model)
         if (source / MANIFEST).is_file():
-            if shapes or rows or dtype:
-                raise RequestError("--shapes, --rows, --dtype: those of an ONNX artefact are fixed; give a checkpoint")
+            if dtype or variant or download:
+                raise RequestError(
+                    "--dtype, --variant, --download: those of an ONNX artefact are fixed; give a checkpoint"
+                )
         else:
+            options = source_options(common, dtype or "fp16", flavour, variant, download)
+            check_dtype(options.dtype, targets)
             source = Path(scratch) / "onnx"
-            export_first(model, source, wanted, shapes or "512x512", rows or "1,2", dtype or "fp16", target, no_verify)
+            export_first(model, source, options, no_verify)
         tasks: dict[tuple[str, str], TaskID] = {}
 
         def advance(graph: str, phase: str, done: int, steps: int) -> None:
@@ -67,29 +76,33 @@ def tensorrt(
                 tasks[graph, phase] = bar.add_task(f"{graph}: {phase}", total=steps)
             bar.update(tasks[graph, phase], completed=done, total=steps, visible=done < steps)
 
-        options = PlanOptions(components=wanted, target=target, ignore_memory=ignore_memory)
-        folder = build_plans(source, output, options, advance)
+        made = PlanOptions(**common, target=target, ignore_memory=ignore_memory)
+        folder = build_plans(source, output, made, advance)
     report_plans(folder)
     err.print("Built, not executed. On the target machine:", markup=False)
     err.print("  " + verify_command(folder, "MODEL" if (Path(model) / MANIFEST).is_file() else model), markup=False)
 
 
-def export_first(
-    model: str, folder: Path, components: tuple[str, ...], shapes: str, rows: str, dtype: str, target: Target,
-    no_verify: bool,
-) -> None:  # fmt: skip
-    """The checkpoint's graphs as ONNX, proved on the CPU. Raises NumericsError for a graph past its tolerance."""
-    from .folder import Options, export_onnx, open_source, resolve_dtype
+def source_options(common: Mapping[str, Any], dtype: str, flavour: str, variant: str | None, download: bool) -> Options:
+    """How a checkpoint becomes the ONNX graphs of plans. common: components, shapes and rows; () means the default."""
+    from .folder import Options, resolve_dtype
     from .tensorrt import default_opset
-    from .verify import verify
 
-    options = Options(
-        components=components,
-        shapes=resolutions(shapes),
-        rows=row_counts(rows),
-        dtype=resolve_dtype(dtype),
-        opset=default_opset(target.flavour),
-    )
+    given = {name: value for name, value in common.items() if value}
+    opset = default_opset(flavour)
+    return Options(**given, dtype=resolve_dtype(dtype), opset=opset, variant=variant, download=download)
+
+
+def export_first(model: str, folder: Path, options: Options, no_verify: bool) -> None:
+    """The checkpoint's graphs as ONNX, proved on the CPU.
+
+    Raises NumericsError for a graph past its tolerance, RequestError for bfloat16 graphs that cannot be proved here.
+    """
+    from .folder import export_onnx, open_source
+    from .verify import require_runnable, verify
+
+    if not no_verify:
+        require_runnable(options.dtype)
     export_onnx(model, folder, options, lambda text: err.print(text))
     if not no_verify:
         report = verify(folder, open_source(model, options), progress=lambda text: err.print(text))

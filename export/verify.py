@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -110,8 +111,11 @@ def verify(
     graphs = dict(manifest.graphs)
     for name, graph in manifest.graphs.items():
         progress(f"{name}: comparing with {str(reference).removeprefix('torch.')}")
+        if manifest.kind == "onnx":
+            require_runnable(graph.dtype)
+        manifest.check(folder, only=[name])  # before what it holds is read
         checkpoint = source or _rebuilt(folder, manifest, name)
-        found = _verify_graph(checkpoint, name, graph, runner(manifest, folder, name), reference)
+        found = _verify_graph(checkpoint, name, graph, partial(runner, manifest, folder, name), reference)
         graphs[name] = replace(graph, tolerance=max(line.limit for line in found))
         lines += found
     report = Report(manifest.kind, _versions(manifest), tuple(lines))
@@ -129,11 +133,16 @@ def runner(manifest: Manifest, folder: Path, name: str) -> Run:
         return _planned(folder, name)
     if manifest.kind != "onnx":
         raise RequestError(f"{manifest.kind} artefacts cannot be verified")
-    if manifest.graph(name).dtype == "bfloat16":
+    require_runnable(manifest.graph(name).dtype)
+    return Session(folder, name).run
+
+
+def require_runnable(dtype: str) -> None:
+    """Raise RequestError for ONNX graphs in a dtype that this machine cannot run."""
+    if dtype == "bfloat16":
         raise RequestError(
             "ONNX Runtime has no bfloat16 on the CPU: verify a float32 export, and pass --no-verify here"
         )
-    return Session(folder, name).run
 
 
 def _packaged(manifest: Manifest, folder: Path, name: str) -> Run:
@@ -198,7 +207,10 @@ def psnr(truth: Tensor, made: Tensor) -> float:
 
 
 @torch.inference_mode()
-def _verify_graph(checkpoint: Checkpoint, name: str, graph: Graph, run: Run, reference: torch.dtype) -> list[Line]:
+def _verify_graph(
+    checkpoint: Checkpoint, name: str, graph: Graph, opened: Callable[[], Run], reference: torch.dtype
+) -> list[Line]:
+    """opened: the graph, ready to run; opened once the networks it is compared with are out of memory."""
     sizes = cases(graph)
     dtype = DTYPES[graph.dtype]
     ports = make_spec(checkpoint, name).inputs
@@ -206,7 +218,7 @@ def _verify_graph(checkpoint: Checkpoint, name: str, graph: Graph, run: Run, ref
     wide = [{k: v.to(reference) if v.is_floating_point() else v for k, v in given.items()} for given in inputs]
     truths = _evaluate(checkpoint, name, reference, wide)
     eagers = _evaluate(checkpoint, name, dtype, inputs)
-    lines = []
+    lines, run = [], opened()
     for axes, given, truth, eager in zip(sizes, inputs, truths, eagers, strict=True):
         made = run(given)
         for port, expected, own in zip(graph.outputs, truth, eager, strict=True):

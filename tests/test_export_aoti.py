@@ -27,11 +27,13 @@ from stepfuse.engine.errors import CheckpointError, DeviceError, RequestError
 from stepfuse.engine.families import builtin_folder
 from stepfuse.engine.models.unet import Conditioning, UNet
 from stepfuse.engine.models.vae import AutoencoderKL
-from stepfuse.engine.runtimes.aoti import VAE, Denoiser, Session, TextModel
+from stepfuse.engine.runtimes.aoti import Session
+from stepfuse.engine.runtimes.opened import Opened
 from stepfuse.engine.weights.checkpoint import Checkpoint
 from stepfuse.export.aoti import export_aoti
 from stepfuse.export.aoti_package import bind, buckets, inputs_of, record_program, unbind
 from stepfuse.export.folder import Options, load_network
+from stepfuse.export.inspect import inspect
 from stepfuse.export.spec import make_spec
 from stepfuse.export.verify import verify
 
@@ -62,6 +64,30 @@ def copied(tiny: tuple[nn.Module, Path], tmp_path: Path) -> Path:
     return Path(shutil.copytree(tiny[1], tmp_path / "copy"))
 
 
+def test_inspecting_packages(tiny: tuple[nn.Module, Path], copied: Path) -> None:
+    """What they were compiled for, their profiles, the weights beside them; nothing of them is loaded."""
+    net, folder = tiny
+    found = inspect(folder)
+    (contents,) = found.graphs
+    assert (found.manifest.kind, contents.graph.dtype) == ("aoti", "float32")
+    assert contents.tensors == len(net.state_dict())
+    assert contents.weights == {"float32": sum(4 * value.numel() for value in net.state_dict().values())}
+    package = "packages/all_rows2.pt2"
+    assert contents.files[package] == (folder / "text_encoder" / package).stat().st_size
+    inside = contents.packages["all_rows2"]
+    assert 10_000 < inside["code_bytes"] < inside["bytes"] == contents.files[package]
+    assert (inside["gpu_kernels"], inside["kernels"]) == (0, {})
+    said = "\n".join(found.lines())
+    for text in ("compiled for cpu, ", "all_rows2: rows 2", "package all_rows2:", f"torch {torch.__version__}"):
+        assert text in said
+    (copied / PACKAGE).write_bytes(b"PK, but no archive")
+    with pytest.raises(CheckpointError, match="is no AOT package"):
+        inspect(copied)
+    (copied / PACKAGE).unlink()
+    with pytest.raises(CheckpointError, match="is missing: copy the whole folder again"):
+        inspect(copied)
+
+
 @torch.inference_mode()
 def test_a_package_against_float64(tiny: tuple[nn.Module, Path]) -> None:
     """At its own rows, filled up from one, and in parts of two, two and one; the last norm is the model's."""
@@ -74,7 +100,7 @@ def test_a_package_against_float64(tiny: tuple[nn.Module, Path]) -> None:
         assert got["last_hidden_state"].shape == (rows, 12, 16)
         assert error(got["last_hidden_state"].double(), truth.last_hidden_state) <= LIMIT
         assert error(got["hidden_states.1"].double(), truth.hidden_states[1]) <= LIMIT
-    model = TextModel(folder)
+    model = Opened(folder, "aoti").text_model("text_encoder", "cpu")
     own: Any = model(ids)
     assert error(model.final_layer_norm(own.hidden_states[-1]), own.last_hidden_state) <= LIMIT
     with pytest.raises(RequestError, match="expected"):
@@ -239,22 +265,23 @@ def test_packages_are_compiled_where_they_run(tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="session")
-def denoiser(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The built-in denoiser as its users compile it: one package, of 1 to 4 rows."""
-    folder = tmp_path_factory.mktemp("export") / "unet"
-    arguments = ["shapes", "-o", str(folder), "--shapes", "64x64", "--rows", "1,4", "--components", "unet"]
+def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built-in model as its users compile it: a package per graph, of 1 to 4 rows."""
+    folder = tmp_path_factory.mktemp("export") / "shapes"
+    graphs = "unet,vae_decoder,vae_encoder,text_encoder"
+    arguments = ["shapes", "-o", str(folder), "--shapes", "64x64", "--rows", "1,4", "--components", graphs]
     assert invoke("aoti", *arguments) == 0
     return folder
 
 
 @pytest.mark.slow
 @torch.inference_mode()
-def test_the_built_in_denoiser_equals_eager(denoiser: Path) -> None:
+def test_the_built_in_denoiser_equals_eager(shapes: Path) -> None:
     """Rows at different updates; the error to float64 is at most twice that of eager torch, plus 1e-7."""
     truth, eager = (ours(builtin_folder("shapes"), "unet", dtype) for dtype in (torch.float64, torch.float32))
     assert isinstance(truth, UNet)
     assert isinstance(eager, UNet)
-    session = Denoiser(denoiser)
+    session = Opened(shapes, "aoti").denoiser("cpu")
     assert session.config == eager.config
     for rows in (1, 3, 6):  # 6: in parts of four and two
         hidden, latents = normal("p", rows, 24, 128), normal("x", rows, 8, 8, 8)
@@ -281,17 +308,20 @@ def test_the_built_in_denoiser_equals_eager(denoiser: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_engine_makes_the_same_image_with_a_package(denoiser: Path) -> None:
+def test_the_engine_makes_the_same_image_with_packages(shapes: Path) -> None:
     """Rows, samplers and guidance run unchanged on top; two requests of different samplers share the batch."""
-    parts = load_components("shapes", EngineConfig(device="cpu"))
     images = []
-    for components in (parts, replace(parts, denoiser=Denoiser(denoiser))):
-        with Engine(components) as engine:
+    for source, runtime in (("shapes", "torch"), (shapes, "aoti")):
+        with Engine.load(source, runtime=runtime, device="cpu") as engine:
+            assert f"runtime {runtime}" in engine.explain()
             jobs = [
                 engine.submit("a red circle", seed=1, steps=4, sampler="ddim"),
                 engine.submit("a blue square", seed=2, steps=3, sampler="euler_a", guidance_scale=1.0),
             ]
             images.append([np.asarray(job.result().images[0], dtype=float) for job in jobs])
+            if runtime == "aoti":
+                with pytest.raises(RequestError, match="got 96x64, this artefact was made for 64x64"):
+                    engine.submit("a red circle", width=96)
     for own, other in zip(*images, strict=True):
         assert np.abs(own - other).max() <= 1  # of 255
         assert own.std() > 5
@@ -299,10 +329,8 @@ def test_the_engine_makes_the_same_image_with_a_package(denoiser: Path) -> None:
 
 @pytest.mark.slow
 @torch.inference_mode()
-def test_the_built_in_autoencoder(tmp_path: Path) -> None:
-    folder = tmp_path / "vae"
-    export_aoti("shapes", folder, Options(components=("vae_decoder", "vae_encoder"), shapes=((64, 64),)))
-    own, session = load_components("shapes", EngineConfig(device="cpu")).vae, VAE(folder)
+def test_the_built_in_autoencoder(shapes: Path) -> None:
+    own, session = load_components("shapes", EngineConfig(device="cpu")).vae, Opened(shapes, "aoti").vae("cpu")
     assert isinstance(own, AutoencoderKL)
     latents, image = normal("z", 2, 8, 8, 8).float(), normal("i", 1, 3, 64, 64).float()
     assert error(session.decode(latents), own.decode(latents)) <= LIMIT

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import onnx_ir
 import pytest
@@ -22,12 +21,12 @@ from reference.random_weights import normal
 from stepfuse.engine.artifact import MANIFEST, Manifest, Profile, Range, sha256
 from stepfuse.engine.components import load_components
 from stepfuse.engine.config import EngineConfig
-from stepfuse.engine.engine import Engine
 from stepfuse.engine.errors import CheckpointError, RequestError
 from stepfuse.engine.families import builtin_folder
 from stepfuse.engine.models.unet import Conditioning, UNet
 from stepfuse.engine.models.vae import AutoencoderKL
-from stepfuse.engine.runtimes.onnxruntime import VAE, Denoiser, Session, TextModel
+from stepfuse.engine.runtimes.onnxruntime import Session
+from stepfuse.engine.runtimes.opened import Opened
 from stepfuse.engine.weights.checkpoint import Checkpoint
 from stepfuse.export.spec import available, make_spec
 from stepfuse.export.verify import cases, verify
@@ -36,12 +35,9 @@ LIMIT = 2e-5
 
 
 @pytest.fixture(scope="session")
-def artefact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def artefact(exported_shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The built-in model as its users export it: all graphs, weights copied because they are stored in float16."""
-    folder = tmp_path_factory.mktemp("export") / "shapes"
-    arguments = ["shapes", "-o", str(folder), "--shapes", "64x64,96x64", "--rows", "1,4", "--no-verify"]
-    assert invoke("onnx", *arguments) == 0
-    return folder
+    return Path(shutil.copytree(exported_shapes, tmp_path_factory.mktemp("export") / "shapes"))
 
 
 @pytest.fixture
@@ -117,15 +113,29 @@ def test_a_wrong_weight_fails_the_report(copied: Path) -> None:
 
 def test_inspect(artefact: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert invoke("inspect", str(artefact), "--json") == 0
-    found = {entry["graph"]: entry for entry in json.loads(capsys.readouterr().out)}
-    unet = found["unet"]
+    found = json.loads(capsys.readouterr().out)
+    assert (found["kind"], found["architecture"]) == ("onnx", "sd")
+    assert set(found["versions"]) == {"stepfuse", "torch", "onnx", "onnxscript"}
+    unet = {entry["graph"]: entry for entry in found["graphs"]}["unet"]
     assert unet["ops"]["Conv"] > 10
     assert unet["inputs"]["sample"] == ["float32", "rows", 8, "height", "width"]
-    assert unet["files"] == ["model.safetensors"]
+    assert {name: (artefact / "unet" / name).stat().st_size for name in ("model.onnx", "model.safetensors")} == unet[
+        "files"
+    ]
+    assert unet["profiles"][1] == {
+        "name": "96x64",
+        "axes": {
+            "rows": {"min": 1, "opt": 4, "max": 4}, "steps": {"min": 1, "opt": 4, "max": 4},
+            "height": {"min": 8, "opt": 8, "max": 8}, "width": {"min": 12, "opt": 12, "max": 12},
+            "tokens": {"min": 1, "opt": 24, "max": 24},
+        },
+    }  # fmt: skip
     stored = builtin_folder("shapes") / "unet" / "diffusion_pytorch_model.safetensors"
-    assert unet["bytes"]["float"] == pytest.approx(2 * stored.stat().st_size, rel=0.03)  # stored in float16
+    assert unet["weights"]["float32"] == pytest.approx(2 * stored.stat().st_size, rel=0.03)  # stored in float16
     assert invoke("inspect", str(artefact)) == 0
-    assert "GroupNormalization" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "GroupNormalization" in said
+    assert "96x64: height 8, rows 1..4, steps 1..4, tokens 1..24, width 12" in said
 
 
 def shift_location(folder: Path, location: str) -> None:
@@ -173,7 +183,7 @@ def test_the_built_in_model_against_diffusers(artefact: Path) -> None:
 def test_rows_at_different_updates_as_in_our_own_unet(artefact: Path) -> None:
     net = ours(builtin_folder("shapes"), "unet", torch.float32)
     assert isinstance(net, UNet)
-    session = Denoiser(artefact)
+    session = Opened(artefact, "onnxruntime").denoiser("cpu")
     assert session.config == net.config
     assert session.dtype == torch.float32
     given = Conditioning(hidden=normal("p", 3, 24, 128).float())
@@ -187,40 +197,24 @@ def test_rows_at_different_updates_as_in_our_own_unet(artefact: Path) -> None:
 @torch.inference_mode()
 def test_vae_and_text_encoder_as_in_our_own_pipeline(artefact: Path) -> None:
     parts = load_components("shapes", EngineConfig(device="cpu"))
-    own, session = parts.vae, VAE(artefact)
+    opened = Opened(artefact, "onnxruntime")
+    own, session = parts.vae, opened.vae("cpu")
     assert isinstance(own, AutoencoderKL)
     latents, image = normal("z", 2, 8, 9, 12).float(), normal("i", 2, 3, 72, 96).float()
     assert error(session.decode(latents), own.decode(latents)) <= LIMIT
     assert error(session.encode(image).logvar, own.encode(image).logvar) <= LIMIT
     encoder = parts.text[0]
-    exported = replace(encoder, model=TextModel(artefact))
-    tokens = encoder.tokenize(["a red circle", "", "a blue square above a red circle"])
+    exported = replace(encoder, model=opened.text_model("text_encoder", "cpu"))
+    prompts = ("a red circle", "", "a blue square above a red circle")
+    tokens = encoder.pack([chunk for prompt in prompts for chunk in encoder.chunks(prompt)])
     for skip in (None, 1, 2):
         assert error(exported.encode(tokens, skip).hidden, encoder.encode(tokens, skip).hidden) <= LIMIT
     with pytest.raises(RequestError, match="clip_skip"):
         exported.encode(tokens, 3)
 
 
-def test_the_engine_makes_the_same_image_with_exported_networks(artefact: Path) -> None:
-    """Rows, samplers and guidance run unchanged on top; two requests of different samplers share the batch."""
-    parts = load_components("shapes", EngineConfig(device="cpu"))
-    text = tuple(replace(encoder, model=TextModel(artefact)) for encoder in parts.text)
-    exported = replace(parts, denoiser=Denoiser(artefact), vae=VAE(artefact), text=text)
-    images = []
-    for components in (parts, exported):
-        with Engine(components) as engine:
-            jobs = [
-                engine.submit("a red circle", seed=1, steps=4, sampler="ddim"),
-                engine.submit("a blue square", seed=2, steps=3, sampler="euler_a", guidance_scale=1.0),
-            ]
-            images.append([np.asarray(job.result().images[0], dtype=float) for job in jobs])
-    for own, other in zip(*images, strict=True):
-        assert np.abs(own - other).max() <= 1  # of 255
-        assert own.std() > 5
-
-
 def test_conditioning_that_does_not_fit_is_an_error(artefact: Path) -> None:
-    session, table = Denoiser(artefact), torch.ones(1, 1)
+    session, table = Opened(artefact, "onnxruntime").denoiser("cpu"), torch.ones(1, 1)
     with pytest.raises(RequestError, match="encoder_hidden_states is needed"):
         session.prepare(Conditioning(), table)
     hidden = torch.zeros(1, 24, 128)
@@ -228,9 +222,9 @@ def test_conditioning_that_does_not_fit_is_an_error(artefact: Path) -> None:
         session.prepare(Conditioning(hidden=hidden, pooled=hidden), table)
     with pytest.raises(RequestError, match="one length"):
         session.prepare(Conditioning(hidden=hidden, kv_len=torch.ones(1, dtype=torch.int32)), table)
-    many = session.prepare(Conditioning(hidden=hidden.expand(65, -1, -1)), table.expand(65, 1))
-    with pytest.raises(RequestError, match="rows: got 65"):
-        session(torch.zeros(65, 8, 8, 8), many, torch.zeros(65, dtype=torch.int64))
+    many = {"sample": torch.zeros(65, 8, 8, 8), "timestep": torch.ones(65), "encoder_hidden_states": hidden}
+    with pytest.raises(RequestError, match="rows: got 65, this graph was exported for 1 to 64"):
+        session.session.run(many | {"encoder_hidden_states": hidden.expand(65, -1, -1)})
 
 
 @pytest.mark.parametrize(
@@ -242,6 +236,8 @@ def test_conditioning_that_does_not_fit_is_an_error(artefact: Path) -> None:
         (["onnx", "shapes", "-o", "x", "--shapes", "60x64"], 2, "expected a multiple of 8 from 24 to 8192"),
         (["onnx", "shapes", "-o", "x", "--shapes", "64x64", "--rows", "0"], 2, "--rows: got '0'"),
         (["onnx", "shapes", "-o", "x", "--shapes", "64x64", "--rows", "65"], 2, "expected whole numbers from 1 to 64"),
+        (["onnx", "shapes", "-o", "x", "--rows", ""], 2, "--rows: got [], expected whole numbers from 1 to 64"),
+        (["onnx", "shapes", "-o", "x", "--dtype", "bf16"], 2, "ONNX Runtime has no bfloat16 on the CPU"),
         (["onnx", "shapes", "-o", "x", "--components", "unett"], 2, "did you mean 'unet'"),
         (["onnx", "shapes", "-o", "x", "--shapes", "64x64", "--weights", "move"], 2, "expected copy or link"),
         (["onnx", "absent/folder/here", "-o", "x"], 3, "no checkpoint at absent/folder/here"),

@@ -14,7 +14,7 @@ import onnx.inliner
 import onnxruntime
 import pytest
 import torch
-from reference.exports import NETWORKS, build_network, build_pipeline
+from reference.exports import NETWORKS, build_network, build_pipeline, build_refiner, build_upscaler
 from reference.parity import error
 from reference.random_weights import normal, randomize
 from torch import Tensor, nn
@@ -24,20 +24,20 @@ from stepfuse.export.folder import Options, export_onnx
 
 LIMIT = 2e-5  # of the largest value, float32
 SHAPES = ((128, 128),)
+PIPELINES = {"pipeline": build_pipeline, "refiner": build_refiner, "upscaler": build_upscaler}
 Exports = Callable[..., tuple[Any, Path]]
 
 
 @pytest.fixture(scope="session")
 def exports(tmp_path_factory: pytest.TempPathFactory) -> Exports:
-    """(name, graphs, options) -> the reference and the folder of its export; names are of NETWORKS, or "pipeline"."""
+    """(name, graphs, options) -> the reference and the folder of its export; names are of NETWORKS or PIPELINES."""
     sources: dict[str, tuple[Any, Path]] = {}
     made: dict[Any, Path] = {}
 
     def get(name: str, *graphs: str, **options: Any) -> tuple[Any, Path]:
         if name not in sources:
             folder = tmp_path_factory.mktemp(name)
-            made_of = build_pipeline(folder) if name == "pipeline" else build_network(name, folder)
-            sources[name] = (made_of, folder)
+            sources[name] = (PIPELINES[name](folder) if name in PIPELINES else build_network(name, folder), folder)
         key = (name, graphs, *sorted(options.items()))
         if key not in made:
             made[key] = tmp_path_factory.mktemp("export") / "artefact"
@@ -170,14 +170,75 @@ def test_sdxl_unet_in_float16_is_as_good_as_torch(exports: Exports) -> None:
 
 @pytest.mark.slow
 @torch.inference_mode()
-def test_sd2_and_the_upscaler(exports: Exports) -> None:
+def test_inpainting_unet_of_nine_channels(exports: Exports) -> None:
+    """Latents, mask and the masked image's latents."""
+    module, folder = exports("inpaint9", "unet")
+    for rows, size in SIZES:
+        given = {"sample": latents(rows, 9, size), "timestep": times(rows), "encoder_hidden_states": prompt(rows, 32)}
+        truth = module(*given.values()).sample
+        assert truth.shape[1] == 4
+        assert error(run(folder, "unet", **given)[0].double(), truth) <= LIMIT
+
+
+@pytest.mark.slow
+@torch.inference_mode()
+def test_sdxl_refiner(exports: Exports) -> None:
+    """The second text encoder alone, and five ids: size, crop, aesthetic score."""
+    pipe, folder = exports("refiner", "unet", "text_encoder_2")
+    manifest = Manifest.load(folder)
+    assert manifest.architecture == "sdxl_refiner"
+    ports = {port.name: port.shape for port in manifest.graph("unet").inputs}
+    assert ports["time_ids"] == ("rows", 5)
+    assert ports["text_embeds"] == ("rows", 32)
+    for rows, size in SIZES:
+        given = sdxl_inputs(rows, size)
+        given |= {"time_ids": given["time_ids"][:, :5], "encoder_hidden_states": prompt(rows, 32)}
+        truth = sdxl(pipe.unet.double(), given)
+        assert error(run(folder, "unet", **given)[0].double(), truth) <= LIMIT
+    ids = pipe.tokenizer_2(["a cat", ""], padding="max_length", max_length=77, return_tensors="pt").input_ids
+    names = ["text_embeds", "last_hidden_state", *(f"hidden_states.{i}" for i in range(6))]
+    check_text(pipe.text_encoder_2.double(), run(folder, "text_encoder_2", input_ids=ids), names, ids)
+
+
+@pytest.mark.slow
+@torch.inference_mode()
+def test_x4_upscaler_pipeline(exports: Exports) -> None:
+    """Latents beside the small image, its noise level, and latents of a quarter of the image's size."""
+    pipe, folder = exports("upscaler", "unet")
+    manifest = Manifest.load(folder)
+    assert manifest.architecture == "sd_x4_upscaler"
+    assert manifest.graph("unet").options["scale"] == 4
+    assert manifest.graph("unet").profiles[0].axes["width"].opt == 128 // 4
+    assert (folder / "low_res_scheduler" / "scheduler_config.json").is_file()
+    noise_level = torch.tensor([20, 0, 350])
+    for rows, size in SIZES:
+        small, level = normal("small", rows, 3, *size).half().double(), noise_level[:rows]
+        given = {"sample": torch.cat([latents(rows, 4, size), small], 1), "timestep": times(rows)}
+        given["encoder_hidden_states"] = prompt(rows, 32)
+        truth = pipe.unet.double()(*given.values(), class_labels=level).sample
+        assert error(run(folder, "unet", **given, class_labels=level)[0].double(), truth) <= LIMIT
+
+
+@pytest.mark.slow
+@torch.inference_mode()
+def test_sdxl_controlnet(exports: Exports) -> None:
+    module, folder = exports("sdxl_controlnet")
+    given = sdxl_inputs(3, (10, 14))
+    image, scale = normal("i", 3, 3, 80, 112).sigmoid().half().double(), torch.tensor([0.5])
+    found = run(folder, "controlnet", **given, controlnet_cond=image, conditioning_scale=scale.expand(3))
+    added = {"text_embeds": given["text_embeds"], "time_ids": given["time_ids"]}
+    options = {"conditioning_scale": 0.5, "added_cond_kwargs": added, "return_dict": False}
+    down, middle = module(*list(given.values())[:3], image, **options)
+    assert len(found) == len(down) + 1
+    assert max(error(got.double(), truth) for got, truth in zip(found, (*down, middle), strict=True)) <= LIMIT
+
+
+@pytest.mark.slow
+@torch.inference_mode()
+def test_sd2_unet(exports: Exports) -> None:
     module, folder = exports("sd2", "unet")
     given = {"sample": latents(3, 4, (9, 13)), "timestep": times(3), "encoder_hidden_states": prompt(3, 32)}
     assert error(run(folder, "unet", **given)[0].double(), module(*given.values()).sample) <= LIMIT
-    module, folder = exports("x4_upscaler", "unet")
-    given |= {"sample": latents(3, 7, (9, 13)), "class_labels": torch.tensor([20, 0, 999])}
-    expected = module(*list(given.values())[:3], class_labels=given["class_labels"]).sample
-    assert error(run(folder, "unet", **given)[0].double(), expected) <= LIMIT
 
 
 @torch.inference_mode()

@@ -20,10 +20,13 @@ from typer.testing import CliRunner
 from stepfuse.engine.artifact import MANIFEST, Graph, Manifest, Port, Profile, Range, sha256
 from stepfuse.engine.errors import CheckpointError, DeviceError, MemoryBudgetError, RequestError
 from stepfuse.engine.families import builtin_folder
+from stepfuse.engine.runtimes.exported import FINAL_NORM
 from stepfuse.engine.runtimes.tensorrt import Session, choose_profile, load_package
 from stepfuse.export import plan, tensorrt
 from stepfuse.export.folder import Options, export_onnx
+from stepfuse.export.inspect import inspect
 from stepfuse.export.plan import Target, build
+from stepfuse.export.profiles import redeclare
 from stepfuse.export.tensorrt import PlanOptions, build_plans, check_origin, estimate, require_memory
 from stepfuse.export.tensorrt_cli import parse_sms
 from stepfuse.export.tensorrt_cli import tensorrt as command
@@ -70,7 +73,8 @@ def test_a_plan_and_its_manifest(model: Path, built: Path) -> None:
     assert (graph.dtype, graph.tolerance) == ("float16", None)
     assert (options["flavour"], options["sm"]) == ("tensorrt_rtx", [86, 89, 120])
     assert options["onnx"] == sha256(model / "text_encoder" / "model.onnx")
-    assert options["weights"] == {"model.safetensors": sha256(model / "text_encoder" / "model.safetensors")}
+    stored = ("model.safetensors", FINAL_NORM)
+    assert options["weights"] == {file: sha256(model / "text_encoder" / file) for file in stored}
     assert options["attention"] == {"layers": 3, "head_dims": [32], "decomposed": 0}
     assert graph.inputs == onnx_manifest.graph("text_encoder").inputs
     assert [(p.name, p.axes["rows"].min, p.axes["rows"].max) for p in graph.profiles] == [("all", 1, 4)]
@@ -82,7 +86,10 @@ def test_a_plan_and_its_manifest(model: Path, built: Path) -> None:
     for folder in (built, file.parent):
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert str(model.parent) not in (built / MANIFEST).read_text()
-    assert sorted(path.name for path in built.iterdir()) == [MANIFEST, "text_encoder"]
+    assert {p.name for p in built.iterdir()} == {p.name for p in model.iterdir()} - {"model_index.json"}
+    norm = f"text_encoder/{FINAL_NORM}"
+    assert manifest.files[norm] == onnx_manifest.files[norm] == sha256(built / norm)
+    assert set(onnx_manifest.beside) - set(manifest.beside) == {"model_index.json"}
     check_origin(built, model)
 
 
@@ -280,8 +287,104 @@ def test_the_command(model: Path, tmp_path: Path, invoke: Invoke) -> None:
     assert "Built, not executed. On the target machine:" in said
     assert f"stepfuse export verify {folder} --model MODEL" in said
     assert Manifest.load(folder).graph("text_encoder").options["workspace"] == 256 * 2**20
-    with pytest.raises(RequestError, match="those of an ONNX artefact are fixed"):
-        invoke(str(model), "--dtype", "fp16")
+    for given in (["--dtype", "fp16"], ["--variant", "fp16"], ["--download"]):
+        with pytest.raises(RequestError, match="those of an ONNX artefact are fixed"):
+            invoke(str(model), *given)
+
+
+def test_profiles_of_an_artefact_are_declared_again(tmp_path: Path, invoke: Invoke) -> None:
+    """Other resolutions and rows than the ONNX graph was exported for; what is not given stays."""
+    onnx_folder, folder = tmp_path / "onnx", tmp_path / "plans"
+    build_network("vae", tmp_path / "checkpoint")  # two levels: two pixels per latent
+    options = Options(components=("vae_decoder",), shapes=((16, 16), (24, 16)), rows=(1, 2), dtype="float16")
+    export_onnx(tmp_path / "checkpoint", onnx_folder, options)
+    said = invoke(str(onnx_folder), "-o", str(folder), "--sm", "89", "--shapes", "32x16", "--rows", "3,5")
+    assert "vae_decoder: float16, SM 89, 1 profile(s)" in said
+    graph = Manifest.load(folder).graph("vae_decoder")
+    assert graph.profiles == (
+        Profile("32x16", {"rows": Range(3, 5, 5), "height": Range(8, 8, 8), "width": Range(16, 16, 16)}),
+    )
+    assert graph.axes == {"rows": (3, 5), "height": (8, 8), "width": (16, 16)}
+    check_origin(folder, onnx_folder)
+    own = Manifest.load(onnx_folder).graph("vae_decoder")
+    assert redeclare("vae_decoder", own, (), ()) == own
+    wide = redeclare("vae_decoder", own, (), (4,)).profiles
+    assert [(p.name, p.axes["width"], p.axes["rows"]) for p in wide] == [
+        ("16x16", Range(8, 8, 8), Range(4, 4, 4)), ("24x16", Range(12, 12, 12), Range(4, 4, 4))
+    ]  # fmt: skip
+    kept = redeclare("vae_decoder", own, ((18, 16),), ()).profiles
+    assert [(p.axes["width"].opt, p.axes["rows"]) for p in kept] == [(9, Range(1, 2, 2))]
+    with pytest.raises(
+        RequestError, match=r"--shapes: vae_decoder got width 15, expected a multiple of 2 from 4 to 2048"
+    ):
+        build_plans(onnx_folder, tmp_path / "x", PlanOptions(shapes=((15, 16),)))
+    with pytest.raises(RequestError, match=r"--rows: got \[65\], expected whole numbers from 1 to 64"):
+        build_plans(onnx_folder, tmp_path / "x", PlanOptions(rows=(65,)))
+    older = replace(own, options={})
+    with pytest.raises(RequestError, match="does not say how many pixels a latent has; export the model again"):
+        redeclare("vae_decoder", older, ((16, 16),), ())
+
+
+def test_bfloat16_plans(tmp_path: Path, invoke: Invoke) -> None:
+    """Built from a checkpoint; nothing here can run them, so that their ONNX graphs are not proved."""
+    folder = tmp_path / "plans"
+    arguments = ["shapes", "--components", "text_encoder", "--dtype", "bf16"]
+    said = invoke(*arguments, "-o", str(folder), "--sm", "86,120", "--no-verify")
+    assert "text_encoder: bfloat16, SM 86, 120, 1 profile(s)" in said
+    graph = Manifest.load(folder).graph("text_encoder")
+    assert (graph.dtype, graph.options["onnx_tolerance"]) == ("bfloat16", None)
+    assert {port.dtype for port in graph.outputs} == {"bfloat16"}
+    assert graph.options["attention"] == {"layers": 3, "head_dims": [32], "decomposed": 0}
+    precisions = graph.options["precisions"]
+    assert "float16" not in precisions
+    assert precisions["bfloat16"] > 20 * precisions.get("float32", 0)
+    stored = builtin_folder("shapes") / "text_encoder" / "model.safetensors"
+    assert (folder / graph.file).stat().st_size > stored.stat().st_size
+    with pytest.raises(RequestError, match="no bfloat16 on the CPU: verify a float32 export, and pass --no-verify"):
+        invoke(*arguments, "-o", str(tmp_path / "x"))
+    with pytest.raises(RequestError, match="--dtype: SM 75 cannot compute in bfloat16, which SM 80 and newer can"):
+        invoke(*arguments, "-o", str(tmp_path / "x"), "--sm", "75,86")
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_target_without_bfloat16_is_refused_before_the_build(model: Path, tmp_path: Path) -> None:
+    """TensorRT-RTX 1.7.1 itself fails late, with the words of its compiler."""
+    graph = replace(attention(tmp_path, 64), dtype="bfloat16")
+    with pytest.raises(RequestError, match="--dtype: SM 75 cannot compute in bfloat16"):
+        build(trt, tmp_path / "a.onnx", tmp_path / "a.plan", graph, Target(sms=(75, 86)))
+    manifest = Manifest.load(model)
+    other = Path(shutil.copytree(model, tmp_path / "other"))
+    replace(manifest, graphs={"text_encoder": replace(manifest.graph("text_encoder"), dtype="bfloat16")}).save(other)
+    with pytest.raises(RequestError, match="--dtype: SM 75 cannot compute in bfloat16"):
+        build_plans(other, tmp_path / "plans", PlanOptions(target=Target(sms=(75,))))
+    assert not (tmp_path / "plans").exists()
+
+
+def test_inspecting_plans(built: Path, copied: Path) -> None:
+    """The manifest's facts, the network before fusion; what only a GPU can tell is said to be missing."""
+    found = inspect(built)
+    (plans,) = found.graphs
+    options, said = plans.graph.options, "\n".join(found.lines())
+    assert found.as_json()["versions"]["tensorrt_rtx"] == trt.__version__
+    assert plans.files == {"model.plan": (built / "text_encoder" / "model.plan").stat().st_size}
+    assert plans.ops == options["layers"]
+    assert plans.ops["MATRIX_MULTIPLY"] >= 3 * 6, "four projections and two of the MLP in each of three layers"
+    assert plans.ops["ATTENTION_OUTPUT"] == options["attention"]["layers"] == 3
+    assert options["precisions"]["float16"] > 50
+    assert found.as_json()["graphs"][0]["profiles"][0]["axes"]["rows"] == {"min": 1, "opt": 4, "max": 4}
+    for text in (
+        "tensorrt_rtx, SM 86, 89, 120, ONNX opset 23",
+        "all: rows 1..4",
+        "attentions: 3, 0 without",
+        "on a GPU",
+    ):
+        assert text in said
+    (copied / "text_encoder" / "model.plan").unlink()
+    with pytest.raises(CheckpointError, match=r"text_encoder/model\.plan of the artefact .* is missing"):
+        inspect(copied)
+    leave(copied)
+    with pytest.raises(CheckpointError, match="points outside the artefact"):
+        inspect(copied)
 
 
 @pytest.mark.slow
@@ -331,7 +434,7 @@ def attention(folder: Path, head_dim: int) -> Graph:
 def test_attention_without_a_kernel_is_decomposed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Asked to have a kernel all the same, it is an error: ours, and TensorRT's where it knows better."""
     graph, target = attention(tmp_path, 8), Target(sms=(86, 120))
-    (found,) = build(trt, tmp_path / "a.onnx", tmp_path / "a.plan", graph, target)
+    (found,) = build(trt, tmp_path / "a.onnx", tmp_path / "a.plan", graph, target).attentions
     assert (found.head_dim, found.dtype, found.unfused(target.sms)) == (8, "float16", [86, 120])
     assert (tmp_path / "a.plan").stat().st_size > 10_000
     strict = replace(target, fused_attention=True)

@@ -55,7 +55,9 @@ def test_the_calls_of_a_build(tmp_path: Path) -> None:
         ("sample", (1, 4, 96), (2, 4, 96), (4, 4, 96)),
         ("timestep", (1,), (4,), (4,)),
     ]
-    assert found == [Attention("attention", 40, "float16"), Attention("attention", 512, "float16")]
+    assert found.attentions == (Attention("attention", 40, "float16"), Attention("attention", 512, "float16"))
+    assert found.layers == {"ATTENTION_OUTPUT": 2}
+    assert found.precisions == {"float16": 2}
     assert [layer.held.decomposable for layer in trt.layers] == [True, True]
     assert seen == [("Building engine", done, 2) for done in (0, 1, 2)]
     assert (tmp_path / "a.plan").read_bytes() == b"plan bytes"
@@ -65,7 +67,7 @@ def test_the_calls_of_a_build(tmp_path: Path) -> None:
 def test_a_release_without_attention_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """10.13: nothing to free, and models are exported with the opset that has no attention node."""
     trt = recorded("10.13.3.9")
-    assert build(trt, tmp_path / "model.onnx", tmp_path / "a.plan", GRAPH, HERE) == []
+    assert build(trt, tmp_path / "model.onnx", tmp_path / "a.plan", GRAPH, HERE).attentions == ()
     monkeypatch.setitem(sys.modules, "tensorrt", trt)
     assert default_opset("tensorrt") == 21
     monkeypatch.setitem(sys.modules, "tensorrt", recorded(attentions=[]))
@@ -221,8 +223,8 @@ def test_the_recorded_api_is_that_of_the_package() -> None:
     trt = pytest.importorskip("tensorrt_rtx", reason="pip install tensorrt-rtx")
     theirs = {
         "Builder": trt.Builder, "Network": trt.INetworkDefinition, "OnnxParser": trt.OnnxParser,
-        "Config": trt.IBuilderConfig, "OptimizationProfile": trt.IOptimizationProfile, "Runtime": trt.Runtime,
-        "CudaEngine": trt.ICudaEngine, "ExecutionContext": trt.IExecutionContext,
+        "Config": trt.IBuilderConfig, "Layer": trt.ILayer, "OptimizationProfile": trt.IOptimizationProfile,
+        "Runtime": trt.Runtime, "CudaEngine": trt.ICudaEngine, "ExecutionContext": trt.IExecutionContext,
     }  # fmt: skip
     for name, real in theirs.items():
         for method, function in inspect.getmembers(getattr(recorded_tensorrt, name), inspect.isfunction):

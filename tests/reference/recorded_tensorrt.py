@@ -65,7 +65,11 @@ class Layer:
     def __init__(self, trt: Recorded, query: tuple[int, ...]) -> None:
         self.name, self.type = "attention", trt.LayerType.ATTENTION_OUTPUT
         tensor = SimpleNamespace(shape=query, dtype=trt.DataType.HALF)
+        self.num_outputs, self.result = 1, tensor
         self.held = SimpleNamespace(decomposable=False, get_input=lambda index: tensor)
+
+    def get_output(self, index: int) -> Any:
+        return (self.result,)[index]
 
 
 def _attention(layer: Layer) -> Any:
