@@ -18,7 +18,18 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-__all__ = ["Control", "Engine", "EngineConfig", "Event", "Job", "Request", "Result", "__version__", "errors", "optimize"]
+__all__ = [
+    "Control",
+    "Engine",
+    "EngineConfig",
+    "Event",
+    "Job",
+    "Request",
+    "Result",
+    "__version__",
+    "errors",
+    "optimize",
+]
 
 _HOME = {
     "Control": ".engine.request",

@@ -1,58 +1,60 @@
-"""Whether the engine takes a request: it must fit the memory, and the work before it the bound of the queue."""
+"""Whether a request fits the memory beside the weights."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 
 import torch
+from torch import nn
 
 from ..kernels.sampler_step.columns import Column
 from .batch import WINDOW
 from .components import Components
 from .memory import Budget, RowSize, activation_bytes
+from .models.controlled import Controlled, columns
 from .models.unet import UNet
+from .prompting import token_count
+from .runtimes.exported import Denoiser
 from .runtimes.networks import DenoiserNetwork
-from .scheduler import Scheduler
 from .settling import Settled
-from .ticket import Row, Ticket
 
 
 class Admission:
-    """`fits` may be called from any thread; `take` and `added` by one at a time."""
+    """Of one model. Safe to use from several threads.
 
-    def __init__(self, parts: Components, scheduler: Scheduler[Row]) -> None:
-        self._parts, self._scheduler = parts, scheduler
-        limit = parts.config.memory_bytes or _free(parts.config.device)
-        self._budget = None if limit == float("inf") else Budget(int(limit), headroom=0.0)
+    beside: the admission of another model on the same device; they share what is free.
+    """
+
+    def __init__(self, parts: Components, beside: Admission | None = None) -> None:
+        self._parts = parts
+        own = parts.config.memory_bytes
+        free = math.inf if own else _free(parts.config.device) if beside is None else beside.free
+        self.free, self._own = free, own or math.inf
         self._columns = _columns(parts.denoiser)
-        self._ahead: dict[Ticket, float] = {}
-        self._buckets: dict[tuple[int, int], tuple[object, ...]] = {}
+
+    def lower(self, count: int) -> None:
+        """Weights of another model have taken that many bytes."""
+        self.free -= count
 
     def fits(self, settled: Settled) -> None:
-        """Raise MemoryBudgetError for a request of which not even one row fits."""
-        if self._budget is not None:
-            self._budget.require(self.row(settled), settled.branches, settled.width, settled.height)
-
-    def take(self, tickets: Sequence[Ticket]) -> None:
-        """Book new requests, all or none. Raises QueueFull."""
-        prices = {ticket: self._price(ticket) for ticket in tickets}
-        self._scheduler.check(sum(prices.values()), sum(self._ahead.values()))
-        self._ahead |= prices
-
-    def added(self, tickets: Sequence[Ticket]) -> None:
-        """The requests are in the scheduler, or have failed."""
-        for ticket in tickets:
-            self._ahead.pop(ticket, None)
-            if ticket.conditioning is not None:
-                self._buckets[ticket.settled.height, ticket.settled.width] = ticket.bucket
+        """Raise MemoryBudgetError for a request of which not even one row fits, RequestError for a size that an
+        exported denoiser does not have.
+        """
+        net, scale = self._parts.denoiser, self._parts.scale
+        if isinstance(net, Denoiser):
+            net.require_size(settled.height // scale, settled.width // scale, scale)
+        limit = min(self._own, self.free)
+        if limit < math.inf:
+            budget = Budget(max(int(limit), 0), headroom=0.0)
+            budget.require(self.row(settled), settled.branches, settled.width, settled.height)
 
     def row(self, settled: Settled) -> RowSize:
         """The numbers that fix the bytes of a row of the request."""
         parts, net = self._parts, self._parts.denoiser.config
         height, width = settled.height // parts.scale, settled.width // parts.scale
         element, updates = torch.finfo(parts.config.dtype).bits // 8, len(settled.plan.updates)
-        given = settled.request.prompt_embeds
-        lengths = [encoder.length for encoder in parts.text]
+        controls = len(settled.controls)
+        time, prompt = self._columns if not controls else _columns(parts.network(settled.control_names))
         widths, layers = [level.channels for level in net.down], max(level.layers for level in net.down)
         return RowSize(
             channels=parts.channels,
@@ -60,29 +62,34 @@ class Admission:
             width=width,
             updates=WINDOW + (updates if updates > WINDOW else 0),
             columns=len(Column),
-            tokens=max(lengths, default=0) if given is None else given.shape[1],
-            prompt_columns=sum(self._columns[1:]),
-            time_columns=self._columns[0],
-            activations=activation_bytes(widths, layers, height, width, element),
+            tokens=token_count(parts, settled),
+            prompt_columns=prompt,
+            time_columns=time,
+            image_columns=controls * widths[0],
+            activations=activation_bytes(widths, layers, height, width, element, controls),
             element=element,
             state=8 if parts.config.dtype == torch.float64 else 4,
         )
 
-    def _price(self, ticket: Ticket) -> float:
-        """Estimated device-seconds of a request; before its text is encoded, its bucket is taken from its size."""
-        settled = ticket.settled
-        bucket = self._buckets.get((settled.height, settled.width), ticket.bucket)
-        return self._scheduler.price(bucket, ticket.updates, len(settled.seeds) * settled.branches)
 
-
-def _columns(net: UNet | DenoiserNetwork) -> list[int]:
+def _columns(net: DenoiserNetwork | Controlled) -> tuple[int, int]:
     """Widths of what a network prepares: of an update's time, then of a token of the prompt."""
     if isinstance(net, UNet):
-        return [sum(net.get_parameter(name).shape[0] for name in stack) for stack in net.stacks()]
-    return [1, net.config.blocks.cross_dim or 0]  # an exported network keeps the timestep and the prompt as they are
+        return columns(net)
+    if isinstance(net, Controlled):
+        return net.columns
+    width = net.config.text_dim or net.config.blocks.cross_dim or 0
+    return 1, width  # an exported network keeps the timestep and the prompt as they are
 
 
 def _free(device: torch.device) -> int:
     """Bytes that could be allocated on a CUDA device now."""
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + unused
+
+
+def weight_bytes(parts: Components) -> int:
+    """Memory of all networks of a checkpoint."""
+    networks = [parts.denoiser, parts.vae, *parts.controlnets.values(), *(encoder.model for encoder in parts.text)]
+    tensors = [t for net in networks if isinstance(net, nn.Module) for t in (*net.parameters(), *net.buffers())]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -93,7 +93,10 @@ class Graph:
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """The whole artefact. components: name -> class, of the checkpoint; files: path -> SHA-256."""
+    """The whole artefact. components: name -> class, of the checkpoint; files: path -> SHA-256.
+
+    settings: what the checkpoint's model_index.json says beside its components.
+    """
 
     kind: Kind
     architecture: str
@@ -101,12 +104,18 @@ class Manifest:
     graphs: Mapping[str, Graph]
     versions: Mapping[str, str]
     files: Mapping[str, str] = field(default_factory=dict[str, str])
+    settings: Mapping[str, Any] = field(default_factory=dict[str, Any])
 
     def graph(self, name: str) -> Graph:
         """The graph of that name. Raises CheckpointError if the artefact does not have it."""
         if name not in self.graphs:
             raise CheckpointError(f"the artefact has no graph {name!r}; {closest(name, self.graphs)}: export it, too")
         return self.graphs[name]
+
+    @property
+    def beside(self) -> tuple[str, ...]:
+        """The files that belong to no graph: tokenizers, the scheduler, the model's defaults."""
+        return tuple(name for name in self.files if PurePosixPath(name).parts[0] not in self.graphs)
 
     def save(self, folder: Path) -> None:
         """Write `stepfuse_artifact.json`."""

@@ -32,6 +32,8 @@ class Arrivals:
     x: float32 [n, C, h, w]; c_in: scale of x for the first evaluation; table: like x [U, K]; weights: guidance weight
     of every branch; rescale: guidance_rescale; seeds: one per row; draws: the most noises one update needs; channels:
     of the network's output; prepared: n * branches model rows (row 0 branch 0, row 0 branch 1, row 1 ...).
+    mask [n, 1, h, w] and known [n, 2, C, h, w], or neither: as of `sampler_step`, for a table that puts a known image
+    back. concat: [n * branches, E, h, w], what the network takes beside the latents at every update; None: E is 0.
     """
 
     x: Tensor
@@ -43,6 +45,9 @@ class Arrivals:
     draws: int
     channels: int
     prepared: Any
+    mask: Tensor | None = None
+    known: Tensor | None = None
+    concat: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -63,17 +68,22 @@ class State:
     rescale: Tensor  # like x [R]
     seeds: Tensor  # int64 [R]
     bad: Tensor  # bool [R], NaN or Inf was seen
+    mask: Tensor  # like x [R, 1, h, w]; nothing in the table of a row without one reads it
+    known: Tensor  # like x [R, 2, C, h, w], the known image and its noise; as mask
     model_rows: (
         Tensor  # int64 [R, J], where each branch is; absent branches are a row's first, padding is the last place
     )
     row_of: Tensor  # int64 [M], the row of every model row; 0 for padding
-    model_input: Tensor  # [M, C, h, w], c_in * x
+    model_input: Tensor  # [M, C + E, h, w], c_in * x and what the network takes beside it
     prepared: Any  # M model rows
     outputs: Tensor  # [all model rows and one place for padding, C_out, h, w], of the last update
 
     @staticmethod
-    def zeros(x: Tensor, prepared: Any, channels: int, rows: int, width: int) -> State:
-        """Room for `rows` rows of `width` branches, with the shapes of x [*, C, h, w] and of `prepared`."""
+    def zeros(x: Tensor, prepared: Any, channels: int, rows: int, width: int, extra: int = 0) -> State:
+        """Room for `rows` rows of `width` branches, with the shapes of x [*, C, h, w] and of `prepared`.
+
+        channels: of the network's output; extra: of its input beside the latents.
+        """
         shape, model_rows, dtype = x.shape[1:], rows * width, prepared.time.dtype
         integers = {"dtype": torch.int64, "device": x.device}
 
@@ -96,9 +106,11 @@ class State:
             rescale=x.new_zeros(rows),
             seeds=torch.zeros(rows, **integers),
             bad=torch.zeros(rows, dtype=torch.bool, device=x.device),
+            mask=x.new_zeros(rows, 1, *shape[1:]),
+            known=x.new_zeros(rows, 2, *shape),
             model_rows=torch.full((rows, width), model_rows, **integers),
             row_of=torch.zeros(model_rows, **integers),
-            model_input=image(model_rows, shape[0]),
+            model_input=image(model_rows, shape[0] + extra),
             prepared=_each(prepared, room),
             outputs=image(model_rows + 1, channels),
         )
@@ -122,13 +134,19 @@ class State:
         return [self.model_input, *_tensors(self.prepared)]
 
     @property
+    def latent_input(self) -> Tensor:
+        """The part of the network's input that updates change [M, C, h, w], in the same memory."""
+        return self.model_input[:, : self.x.shape[1]]
+
+    @property
     def bytes(self) -> int:
         """Memory of all tensors."""
         own = [value for value in vars(self).values() if isinstance(value, Tensor)]
         return sum(tensor.numel() * tensor.element_size() for tensor in (*own, *_tensors(self.prepared)))
 
 
-_OF_ROWS = ("x", "base", "history", "table", "update", "first_line", "weights", "rescale", "seeds", "bad", "model_rows")
+_OF_ROWS = ("x", "base", "history", "table", "update", "first_line", "weights", "rescale", "seeds", "bad", "mask",
+            "known", "model_rows")  # fmt: skip
 
 
 @dataclass(eq=False)
@@ -143,8 +161,9 @@ class Seat:
     updates: int
     draws: int
     rescaled: bool
-    table: Tensor | None
-    time: Tensor | None
+    masked: bool
+    table: Tensor | None = None
+    time: Tensor | None = None
     done: int = 0
     first: int = 0
 
@@ -173,10 +192,13 @@ class Saved:
 
 
 class Batch:
-    """The running rows of one bucket. Model rows are compact, in any order; so are rows."""
+    """The running rows of one bucket. Model rows are compact, in any order; so are rows.
 
-    def __init__(self, max_rows: int, width: int = 1) -> None:
-        self.max_rows, self.width = max_rows, width
+    controls: names of the ControlNets they run through.
+    """
+
+    def __init__(self, max_rows: int, width: int = 1, controls: tuple[str, ...] = ()) -> None:
+        self.max_rows, self.width, self.controls = max_rows, width, controls
         self.seats: list[Seat] = []
         self._state: State | None = None
         self._prefixes: dict[tuple[int, int], State] = {}
@@ -216,6 +238,11 @@ class Batch:
         return any(seat.rescaled for seat in self.seats)
 
     @property
+    def masked(self) -> bool:
+        """Whether any row has a known image to put back."""
+        return any(seat.masked for seat in self.seats)
+
+    @property
     def bytes(self) -> int:
         """Memory of all tensors."""
         return 0 if self._state is None else self._state.bytes
@@ -231,7 +258,8 @@ class Batch:
         """Copy rows in after the ones that run. Nothing has changed if it runs out of memory."""
         first, start, branches = len(self), self.model_rows, len(new.weights)
         count, model_rows = first + len(owners), start + len(owners) * branches
-        self._make_room(new.x, new.prepared, new.channels, count, branches)
+        extra = 0 if new.concat is None else new.concat.shape[1]
+        self._make_room(new.x, new.prepared, new.channels, count, branches, extra)
         state, rows = self.state, slice(first, count)
         state.x[rows] = new.x
         state.base[rows] = new.x
@@ -240,14 +268,17 @@ class Batch:
         state.rescale[rows] = new.rescale
         for branch, weight in enumerate(new.weights):
             state.weights[rows, branch] = weight
-        scaled = (new.x * new.c_in).repeat_interleave(branches, 0)
-        for target, source in [(state.model_input, scaled), *_pairs(state.prepared, new.prepared)]:
+        if new.mask is not None and new.known is not None:
+            state.mask[rows], state.known[rows] = new.mask, new.known
+        state.model_input[start:model_rows] = _network_input(new)
+        for target, source in _pairs(state.prepared, new.prepared):
             target[start:model_rows] = source
         updates = len(new.table)
         for i, owner in enumerate(owners):
-            own, places = slice(i * branches, (i + 1) * branches), start + i * branches
+            own = slice(i * branches, (i + 1) * branches)
             state.seeds[first + i] = new.seeds[i]
-            seat = Seat(owner, list(range(places, places + branches)), updates, new.draws, new.rescale > 0, None, None)
+            places = list(range(start + own.start, start + own.stop))
+            seat = Seat(owner, places, updates, new.draws, new.rescale > 0, new.mask is not None)
             self.seats.append(seat)
             self._fill(first + i, new.table, new.prepared.time[own])
             if updates > WINDOW:
@@ -278,7 +309,8 @@ class Batch:
     def restore(self, saved: Saved, prepared: Any) -> None:
         """Copy a saved row in after the ones that run; prepared: its model rows. As `join` where memory is short."""
         position, start, branches = len(self), self.model_rows, len(saved.seat.places)
-        self._make_room(saved.rows[0][None], prepared, saved.channels, position + 1, branches)
+        extra = saved.model_input.shape[1] - saved.rows[0].shape[0]
+        self._make_room(saved.rows[0][None], prepared, saved.channels, position + 1, branches, extra)
         state, places = self.state, slice(start, start + branches)
         for target, source in zip(state.of_rows(), saved.rows, strict=True):
             if target is state.weights:  # the batches may have room for different numbers of branches
@@ -339,19 +371,20 @@ class Batch:
         if rows <= before[0] and width <= before[1]:
             return
         rows, width = max(rows, before[0]), max(width, before[1])
-        made = State.zeros(old.x, old.prepared, old.outputs.shape[1], rows, width)
+        extra = old.model_input.shape[1] - old.x.shape[1]
+        made = State.zeros(old.x, old.prepared, old.outputs.shape[1], rows, width, extra)
         for target, source in zip(
             (*made.of_rows(), *made.of_model_rows()), (*old.of_rows(), *old.of_model_rows()), strict=True
         ):
             target[tuple(slice(0, n) for n in source.shape)] = source
         self._replace(made, width)
 
-    def _make_room(self, x: Tensor, prepared: Any, channels: int, rows: int, width: int) -> None:
+    def _make_room(self, x: Tensor, prepared: Any, channels: int, rows: int, width: int, extra: int) -> None:
         """Room grows by powers of two up to max_rows."""
         room = min(1 << (rows - 1).bit_length(), max(rows, self.max_rows))
         if self._state is None:
             width = max(width, self.width)
-            self._replace(State.zeros(x, prepared, channels, room, width), width)
+            self._replace(State.zeros(x, prepared, channels, room, width, extra), width)
         elif rows > self.capacity or width > self.width:
             self.reserve(max(self.capacity, room), width)
 
@@ -382,6 +415,12 @@ class Batch:
                 row_of[place] = position
         for target, values in ((state.row_of, row_of), (state.model_rows, model_rows)):
             target.copy_(torch.tensor(values, pin_memory=target.is_cuda), non_blocking=True)
+
+
+def _network_input(new: Arrivals) -> Tensor:
+    """What the network takes of arriving rows at their first update [n * branches, C + E, h, w]."""
+    scaled = (new.x * new.c_in).repeat_interleave(len(new.weights), 0)
+    return scaled if new.concat is None else torch.cat([scaled, new.concat.to(scaled.dtype)], 1)
 
 
 def _moves(used: Sequence[int], count: int) -> list[tuple[int, int]]:

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TypeVar
 
 import torch
 
 from . import pipeline
 from .batch import Batch
-from .components import Components
+from .model import Model
 from .parking import Bank
-from .runner import Runner
-from .ticket import Row, Ticket
+from .ticket import Bucket, Row, Ticket
 
 T = TypeVar("T")
 
@@ -20,13 +19,14 @@ T = TypeVar("T")
 class Batches:
     """Where rows are: in the batch of their bucket, in the bank, or nowhere (they have not started, or they ended).
 
-    Only buckets with running rows have a batch here.
+    Only buckets with running rows have a batch here. models: by name, None the default; others may come later. parked:
+    bytes that rows in the bank may hold.
     """
 
-    def __init__(self, parts: Components, runner: Runner) -> None:
-        self.parts, self.runner = parts, runner
-        self.bank: Bank[Row] = Bank(parts.config.parked_bytes)
-        self._batches: dict[Hashable, Batch] = {}
+    def __init__(self, models: Mapping[str | None, Model], parked: int) -> None:
+        self._models = models
+        self.bank: Bank[Row] = Bank(parked)
+        self._batches: dict[Bucket, Batch] = {}
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -34,7 +34,7 @@ class Batches:
     def __iter__(self) -> Iterator[Batch]:
         return iter(self._batches.values())
 
-    def __getitem__(self, bucket: Hashable) -> Batch:
+    def __getitem__(self, bucket: Bucket) -> Batch:
         return self._batches[bucket]
 
     def with_room(self, run: Callable[[], T]) -> T:
@@ -43,7 +43,8 @@ class Batches:
             return run()
         except torch.OutOfMemoryError:
             self.bank.shrink()
-            self.runner.release()
+            for model in list(self._models.values()):  # a copy: another thread may add one
+                model.runner.release()
         return run()
 
     def enter(self, ticket: Ticket, images: Sequence[int]) -> Batch:
@@ -75,13 +76,13 @@ class Batches:
         self.bank.put(row, saved)
         self.leave(bucket, [position])
 
-    def leave(self, bucket: Hashable, positions: Sequence[int]) -> None:
+    def leave(self, bucket: Bucket, positions: Sequence[int]) -> None:
         """Take rows out of their batch."""
         batch = self._batches[bucket]
         batch.leave(positions)
         if not len(batch):
             del self._batches[bucket]
-            self.runner.retire(bucket, batch)
+            self._models[bucket.model].runner.retire(bucket, batch)
 
     def remove(self, rows: set[Row]) -> None:
         """Forget rows, wherever they are."""
@@ -94,7 +95,7 @@ class Batches:
 
     def _start(self, ticket: Ticket, images: Sequence[int]) -> None:
         assert ticket.conditioning is not None
-        new = pipeline.start(self.parts, ticket.settled, ticket.conditioning, images)
+        new = pipeline.start(ticket.model.parts, ticket.settled, ticket.conditioning, images)
         self._put(ticket.bucket, lambda batch: batch.join(new, [(ticket, image) for image in images]))
 
     def _resume(self, ticket: Ticket, image: int) -> None:
@@ -102,17 +103,17 @@ class Batches:
         saved = self.bank[ticket, image]
         prepared = saved.prepared
         if prepared is None:
-            prepared = pipeline.prepare(self.parts, ticket.settled, ticket.conditioning, [image])
+            prepared = pipeline.prepare(ticket.model.parts, ticket.settled, ticket.conditioning, [image])
         self._put(ticket.bucket, lambda batch: batch.restore(saved, prepared))
         self.bank.remove((ticket, image))
 
-    def _put(self, bucket: Hashable, enter: Callable[[Batch], None]) -> None:
-        batch = self._batches.get(bucket)
+    def _put(self, bucket: Bucket, enter: Callable[[Batch], None]) -> None:
+        batch, runner = self._batches.get(bucket), self._models[bucket.model].runner
         if batch is None:
-            batch = self.runner.batch(bucket)
+            batch = runner.batch(bucket, bucket.controls)
         try:
             enter(batch)
             self._batches[bucket] = batch
         finally:
             if not len(batch):
-                self.runner.retire(bucket, batch)
+                runner.retire(bucket, batch)

@@ -172,8 +172,11 @@ class Calibration:
 
     @classmethod
     def of(cls, parts: Components) -> Calibration:
-        """What earlier measurements of the same model on the same machine left; empty in deterministic mode."""
-        return cls(identity(parts), None if parts.config.deterministic else env.cache_dir())
+        """What earlier measurements of the same model on the same machine left; empty in deterministic mode, and for a
+        network of the user's, which nothing tells from another one.
+        """
+        unknown = parts.config.deterministic or parts.user is not None
+        return cls(identity(parts), None if unknown else env.cache_dir())
 
     def add(self, curve: Curve) -> None:
         """Use a new curve, and keep it. A folder that cannot be written is a warning."""
@@ -205,8 +208,11 @@ class Calibration:
         return near.seconds(model_rows) * pixels / (near.height * near.width)
 
     def cap(self, bucket: Hashable) -> int | None:
-        """The most model rows of one update of a bucket that are worth it; None where it was not measured."""
-        curve = self.curves.get(_size(bucket))
+        """The most model rows of one update of a bucket that are worth it; None where it was not measured.
+
+        ControlNets make updates longer, and only updates without them are measured.
+        """
+        curve = None if getattr(bucket, "controls", ()) else self.curves.get(_size(bucket))
         return None if curve is None else curve.knee
 
     def forward_rows(self, size: Size, model_rows: int) -> int:
@@ -248,6 +254,7 @@ def identity(parts: Components) -> dict[str, str]:
         "device": device,
         "model": network,
         "dtype": str(config.dtype).removeprefix("torch."),
+        "runtime": config.runtime,
         "runner": config.runner,
         "kernels": kernels,
         "torch": torch.__version__,

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from . import env
@@ -23,6 +24,7 @@ SafetyHook = Callable[["np.ndarray", str], "np.ndarray"]
 DTYPES = {"float32": "float32", "fp32": "float32", "float16": "float16", "fp16": "float16", "half": "float16",
           "bfloat16": "bfloat16", "bf16": "bfloat16", "float64": "float64", "fp64": "float64"}  # fmt: skip
 
+RUNTIMES = ("torch", "onnxruntime", "tensorrt", "tensorrt_rtx", "aoti")
 RUNNERS = ("auto", "eager", "graph", "compiled")
 REPEATABLE_WORKSPACES = (":4096:8", ":16:8")
 """Values of CUBLAS_WORKSPACE_CONFIG with which cuBLAS repeats its results, by its manual."""
@@ -33,6 +35,8 @@ class EngineConfig:
     """Options of an engine; None means chosen for the device and checkpoint.
 
     device: "cpu", "cuda", "cuda:1". dtype and vae_dtype: a name ("float32", "bf16", ...) or a torch dtype.
+    runtime: what executes the networks: "torch", or for a folder that `stepfuse export` made "onnxruntime", "tensorrt",
+    "tensorrt_rtx" or "aoti"; their kernels, dtypes and weights were fixed by the export (docs/export.md).
     kernels: "auto", an implementation name for every op, or a mapping op -> implementation.
     max_rows: the most images in one running batch. runner: how an update is executed, "eager" (op by op), "graph" (one
     CUDA graph), "compiled" (the denoiser through torch.compile, captured on CUDA) or "auto" (graph on CUDA, eager on a
@@ -43,15 +47,17 @@ class EngineConfig:
     decode_rows: images the VAE decodes together; by default one on a CPU, on CUDA as many as make a megapixel.
     parked_bytes: what rows that were set aside may keep of their prompts; by default an eighth of the device's memory.
     memory_gb: device memory beside the weights, in 10^9 bytes: requests of which not even one row fits are refused; by
-    default what is free on a CUDA device, and no bound on a CPU. queue_seconds: the most unfinished work, in estimated
-    seconds, above which submit raises QueueFull; by default no bound. variant: weight file variant ("fp16"). download:
-    fetch a hub id that is not in the local cache. vae_tiling: decode in overlapping tiles; "auto" above 1536 x 1536
-    pixels. safety: called on every batch of images before they are returned.
+    default what is free on a CUDA device, and a CPU machine's whole memory. queue_seconds: the most unfinished work, in
+    estimated seconds, above which submit raises QueueFull; by default no bound. variant: weight file variant ("fp16").
+    download: fetch a hub id that is not in the local cache. vae_tiling: decode in overlapping tiles; "auto" above 1536
+    x 1536 pixels. controlnets: name -> folder or hub id of a ControlNet, for `Request.controls`. safety: called on
+    every batch of images before they are returned.
     """
 
     device: str | None = None
     dtype: str | torch.dtype | None = None
     vae_dtype: str | torch.dtype | None = None
+    runtime: Literal["torch", "onnxruntime", "tensorrt", "tensorrt_rtx", "aoti"] = "torch"
     kernels: str | Mapping[str, str] = "auto"
     max_rows: int | None = None
     runner: Literal["auto", "eager", "graph", "compiled"] = "auto"
@@ -66,6 +72,7 @@ class EngineConfig:
     download: bool = False
     vae_tiling: bool | Literal["auto"] = "auto"
     transforms: tuple[str, ...] = ()
+    controlnets: Mapping[str, str | Path] = field(default_factory=dict)
     safety: SafetyHook | None = None
 
 
@@ -80,6 +87,7 @@ class ResolvedConfig:
     device: torch.device
     dtype: torch.dtype
     vae_dtype: torch.dtype
+    runtime: Literal["torch", "onnxruntime", "tensorrt", "tensorrt_rtx", "aoti"]
     kernels: str | Mapping[str, str]
     max_rows: int
     runner: Literal["eager", "graph", "compiled"]
@@ -109,6 +117,8 @@ def resolve(config: EngineConfig, *, vae_force_upcast: bool = False) -> Resolved
     """Decide every open option; raises DeviceError / RequestError for what cannot be honoured on this machine."""
     import torch
 
+    if resolve_runtime(config.runtime) != "torch":
+        check_exported(config)
     device = resolve_device(config.device)
     half = torch.bfloat16
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0):
@@ -130,25 +140,51 @@ def resolve(config: EngineConfig, *, vae_force_upcast: bool = False) -> Resolved
     cuda = device.type == "cuda"
     fixed = resolve_deterministic(config, device)
     eighth = torch.cuda.get_device_properties(device).total_memory // 8 if cuda else 2**30
-    bound = math.inf if config.memory_gb is None else config.memory_gb * 1e9
+    whole = 0 if cuda else env.physical_memory()
     return ResolvedConfig(
         device=device,
         dtype=dtype,
         vae_dtype=vae_dtype,
+        runtime=config.runtime,
         kernels=config.kernels,
         max_rows=fixed or config.max_rows or 8,
-        runner=resolve_runner(config.runner, device),
+        runner=resolve_runner(config.runner, device) if config.runtime == "torch" else "eager",
         graph_bytes=config.graph_bytes or eighth,
         forward_rows=config.forward_rows or 0,
         deterministic=fixed,
         decode_rows=config.decode_rows or (0 if cuda and not fixed else 1),
         parked_bytes=config.parked_bytes or eighth,
-        memory_bytes=0 if cuda and config.memory_gb is None else bound,
+        memory_bytes=whole if config.memory_gb is None else config.memory_gb * 1e9,
         queue_seconds=config.queue_seconds or math.inf,
         vae_tiling=config.vae_tiling,
         transforms=tuple(config.transforms),
         safety=config.safety,
     )
+
+
+def resolve_runtime(name: str) -> str:
+    """The name of a runtime. Raises RequestError for another one."""
+    if name not in RUNTIMES:
+        raise RequestError(f"runtime: got {name!r}, {closest(str(name), RUNTIMES)}")
+    return name
+
+
+def check_exported(config: EngineConfig) -> None:
+    """Raise RequestError for the options that exported networks cannot honour."""
+    own = {"sampler_step"}  # the one op that is not part of a network
+    kernels = config.kernels if isinstance(config.kernels, str) else set(config.kernels) - own or "auto"
+    reasons = {
+        "runner": (config.runner not in ("auto", "eager"), "exported networks run op by op: use 'eager'"),
+        "transforms": (bool(config.transforms), "the weights of exported networks are fixed: leave them out"),
+        "kernels": (kernels != "auto", "the export chose the kernels: leave it out, or name sampler_step only"),
+        "deterministic": (bool(config.deterministic), "nothing is promised of other runtimes: leave it out"),
+        "controlnets": (bool(config.controlnets), "ControlNets run with runtime='torch' only: leave them out"),
+        "variant": (config.variant is not None, "an artefact has one set of weights: leave it out"),
+        "download": (config.download, "artefacts are not on the hub: leave it out"),
+    }
+    for name, (wrong, reason) in reasons.items():
+        if wrong:
+            raise RequestError(f"{name}: got {getattr(config, name)!r} with runtime={config.runtime!r}; {reason}")
 
 
 def resolve_runner(name: str, device: torch.device) -> Literal["eager", "graph", "compiled"]:

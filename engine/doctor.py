@@ -14,6 +14,7 @@ OPTIONAL = {
     "tensorrt": ("TensorRT plans", "pip install 'stepfuse[tensorrt]'"),
     "diffusers": ("training and comparisons", "pip install 'stepfuse[train]'"),
     "fastapi": ("the HTTP server", "pip install 'stepfuse[server]'"),
+    "spandrel": ("upscalers from files", "pip install 'stepfuse[upscale]'"),
     "ray": ("several machines", "pip install 'stepfuse[ray]'"),
 }
 

@@ -1,7 +1,8 @@
-"""Environment variables: the only file that reads os.environ. A bad value raises."""
+"""Environment variables, which are read here only (a bad value raises), and the machine's memory."""
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
@@ -28,3 +29,11 @@ def num_threads() -> int | None:
     if not value.isdecimal() or int(value) < 1:
         raise RequestError(f"STEPFUSE_NUM_THREADS: got {value!r}, expected a whole number >= 1; unset it or correct it")
     return int(value)
+
+
+def physical_memory() -> float:
+    """Bytes of this machine; infinite where the system does not say."""
+    try:
+        return float(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    except (AttributeError, ValueError, OSError):  # no sysconf on Windows
+        return math.inf

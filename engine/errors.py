@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Iterable
 
@@ -71,6 +72,15 @@ class MemoryBudgetError(StepfuseError, MemoryError):
     """The request needs more device memory than the budget has."""
 
     exit_code = 9
+
+
+def located(error: BaseException, where: str) -> StepfuseError:
+    """The error with the place it came from before its message: of its own kind where that is one of ours."""
+    if not isinstance(error, StepfuseError):
+        return StepfuseError(f"{where}: {type(error).__name__}: {error}")
+    made = copy.copy(error)  # others may hold the same one
+    made.args = (f"{where}: {error}",)
+    return made
 
 
 def closest(name: str, valid: Iterable[str]) -> str:

@@ -11,7 +11,10 @@ from typing import Literal
 
 from .errors import CheckpointError, closest
 
-BUILTIN = {"shapes": "64 x 64 scenes of coloured shapes, e.g. 'a red circle above a blue square'"}
+BUILTIN = {
+    "shapes": "64 x 64 scenes of coloured shapes, e.g. 'a red circle above a blue square'",
+    "shapes-x4": "upscaler of such scenes, 64 x 64 to 256 x 256",
+}
 
 
 def builtin_folder(name: str) -> Path:
@@ -24,17 +27,32 @@ class Family:
     """What surrounds the denoiser of one architecture (names: weights/detect.py).
 
     text: "last" = final hidden state of one CLIP encoder; "penultimate" = hidden_states[-2] of one or two encoders with
-    pooled summary and size ids (SDXL); "none". latent: there is a VAE around the denoiser. steps, guidance_scale:
-    defaults of the published pipeline. missing: why text to image cannot run, or empty.
+    pooled summary and size ids (SDXL); "given" = tensors that requests bring (`Engine.from_module`); "none". latent:
+    there is a VAE around the denoiser. steps, guidance_scale: defaults of the published pipeline. beside: what the
+    denoiser takes beside the latents, as more channels: a mask and what it leaves of the image, or a low-resolution
+    image. starts: it starts from an image or from latents, never from noise alone. strength: default of image to image.
+    aesthetics: its size ids hold a score in place of a target size.
     """
 
     name: str
     summary: str
-    text: Literal["last", "penultimate", "none"] = "last"
+    text: Literal["last", "penultimate", "given", "none"] = "last"
     latent: bool = True
     steps: int = 50
     guidance_scale: float = 7.5
-    missing: str = ""
+    beside: Literal["nothing", "masked_image", "low_resolution"] = "nothing"
+    starts: bool = False
+    strength: float = 0.8
+    aesthetics: bool = False
+
+    @property
+    def needs(self) -> str:
+        """What a request must give beside a prompt, in words; empty for text to image."""
+        if self.beside == "masked_image":
+            return "an image and a mask"
+        if self.beside == "low_resolution":
+            return "an image to enlarge"
+        return "an image, or latents and denoising_start" if self.starts else ""
 
 
 _TABLE = (
@@ -62,23 +80,35 @@ _TABLE = (
         summary="Stable Diffusion XL refiner",
         text="penultimate",
         guidance_scale=5.0,
-        missing="a refiner continues from another model's latents",
+        starts=True,
+        strength=0.3,
+        aesthetics=True,
     ),
     Family(
         name="sd_inpaint",
         summary="Stable Diffusion inpainting, 9 input channels",
-        missing="an inpainting model needs an image and a mask",
+        beside="masked_image",
     ),
     Family(
         name="sdxl_inpaint",
         summary="Stable Diffusion XL inpainting, 9 input channels",
         text="penultimate",
-        missing="an inpainting model needs an image and a mask",
+        beside="masked_image",
     ),
     Family(
         name="sd_x4_upscaler",
         summary="Stable Diffusion x4 upscaler",
-        missing="an upscaler needs an image to enlarge",
+        beside="low_resolution",
+        steps=75,
+        guidance_scale=9.0,
+    ),
+    Family(
+        name="x4_upscaler",
+        summary="latent x4 upscaler without text, told the noise level of the small image",
+        text="none",
+        beside="low_resolution",
+        steps=10,
+        guidance_scale=1.0,
     ),
 )
 FAMILIES = {family.name: family for family in _TABLE}

@@ -20,9 +20,10 @@ class RowSize:
 
     channels, height, width: of the latents. updates: lines of its tables. columns: of the sampler table. tokens: prompt
     length, 0 without a prompt. prompt_columns: keys and values of all cross-attention layers, per token. time_columns:
-    time projections of all residual blocks, per update. activations: bytes one update needs per model row, estimated
-    (`activation_bytes`) or measured. element: bytes of the network's dtype; state: bytes of the sampler's dtype;
-    images: latent-sized tensors of the sampler (x, base, model input, three of history).
+    time projections of all residual blocks, per update. image_columns: embedded pictures of its ControlNets, per site
+    of the latents. activations: bytes one update needs per model row, estimated (`activation_bytes`) or measured.
+    element: bytes of the network's dtype; state: bytes of the sampler's dtype; images: latent-sized tensors of the
+    sampler (x, base, model input, three of history, the known image and its noise).
     """
 
     channels: int
@@ -33,10 +34,11 @@ class RowSize:
     tokens: int = 0
     prompt_columns: int = 0
     time_columns: int = 0
+    image_columns: int = 0
     activations: int = 0
     element: int = 2
     state: int = 4
-    images: int = 6
+    images: int = 8
 
     @property
     def sampler(self) -> int:
@@ -45,8 +47,9 @@ class RowSize:
 
     @property
     def prepared(self) -> int:
-        """Prompt keys and values and time tables of one model row."""
-        return self.element * (self.tokens * self.prompt_columns + self.updates * self.time_columns)
+        """Prompt keys and values, time tables and embedded pictures of one model row."""
+        images = self.height * self.width * self.image_columns
+        return self.element * (self.tokens * self.prompt_columns + self.updates * self.time_columns + images)
 
     def held(self, branches: int = 1) -> int:
         """Bytes a row with that many model rows keeps while it is parked."""
@@ -57,16 +60,18 @@ class RowSize:
         return self.held(branches) + branches * self.activations
 
 
-def activation_bytes(widths: Sequence[int], layers: int, height: int, width: int, element: int = 2) -> int:
+def activation_bytes(
+    widths: Sequence[int], layers: int, height: int, width: int, element: int = 2, controls: int = 0
+) -> int:
     """An estimate of what one update of a U-Net needs per model row.
 
     widths: channels of the levels, each half the size of the one before; layers: residual blocks per level; height,
-    width: of the latents. Counted: the skips, which live until the way up takes them, and WORKSPACE images at the
-    largest level.
+    width: of the latents; controls: ControlNets. Counted: the skips, which live until the way up takes them, WORKSPACE
+    images at the largest level, and what ControlNets add to the skips: their sum, and those of the one that runs.
     """
     skips = sum(channels * (layers + 1) * height * width // 4**level for level, channels in enumerate(widths))
     largest = max(channels * height * width // 4**level for level, channels in enumerate(widths))
-    return element * (skips + WORKSPACE * largest)
+    return element * (skips * (1 + min(controls, 2)) + WORKSPACE * largest)
 
 
 class Budget:

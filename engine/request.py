@@ -13,14 +13,15 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from .errors import Cancelled, RequestError, closest
+from .errors import RequestError, closest
 
 if TYPE_CHECKING:
     import torch
 
 Output = Literal["pil", "np", "pt", "latent"]
 OUTPUTS = ("pil", "np", "pt", "latent")
-TEXTS = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2", "sampler", "schedule", "client", "model")
+TEXTS = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2", "sampler", "schedule", "client", "model",
+         "upscale")  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -54,7 +55,14 @@ class Request:
     takes. strength: how much of the schedule is run on it, 0 to 1. mask: white is painted anew. change_map: a strength
     for every pixel. resample: (jump length, times) of RePaint. noise_level: of the low-resolution image of an upscaler.
     controls: ControlNets. denoising_start, denoising_end: the part of the schedule to run; with a start, `latents` are
-    what another model left. Raises RequestError for values that no model could honour.
+    what another model left. upscale: "NAME" or "NAME:FACTOR", an upscaler of the engine that enlarges the images at the
+    end ("lanczos:2"). output: None for "pil".
+
+    Of a network of your own (docs/user_networks.md): shape of a sample where the network leaves it open; conditioning
+    and, with guidance, negative_conditioning [1 or n, *]; latents and image are tensors [n, *shape], mask and
+    change_map broadcast to a sample; output None is "pt".
+
+    Raises RequestError for values that no model could honour.
     """
 
     prompt: str | None = None
@@ -92,8 +100,12 @@ class Request:
     controls: tuple[Control, ...] = ()
     denoising_start: float | None = None
     denoising_end: float | None = None
+    upscale: str | None = None
     model: str | None = None
-    output: Output = "pil"
+    shape: tuple[int, ...] | None = None
+    conditioning: torch.Tensor | None = None
+    negative_conditioning: torch.Tensor | None = None
+    output: Output | None = None
     metadata: bool = True
     deadline: float | None = None
     client: str | None = None
@@ -113,7 +125,9 @@ class Request:
             raise RequestError(f"seed: got {self.seed}, expected seed + n <= 2**63; choose a smaller seed")
         if self.sigmas is not None and self.steps not in (None, len(self.sigmas) - 1):
             raise RequestError(f"steps: got {self.steps}, but sigmas has {len(self.sigmas)} levels; leave steps out")
-        if self.output not in OUTPUTS:
+        if self.upscale is not None and self.output == "latent":
+            raise RequestError("upscale: enlarges images, but output='latent' asks for none; leave one of them out")
+        if self.output is not None and self.output not in OUTPUTS:
             raise RequestError(f"output: got {self.output!r}, {closest(str(self.output), OUTPUTS)}")
 
     def _check_integer(self, name: str, low: int) -> None:
@@ -155,7 +169,11 @@ class Result:
     images: list of PIL images ("pil"), float32 array [n, H, W, 3] in 0..1 ("np"), float32 CPU tensor [n, 3, H, W] in
     0..1 ("pt"), or None ("latent"). latents: float32 CPU tensor [n, C, h, w] in the model's scaled latent space. seeds:
     one per image. timings: seconds per phase (encode, denoise, decode, total). warnings: what was cut or ignored.
-    settings: the resolved values (steps, guidance_scale, sampler, ...). model: name of the checkpoint.
+    settings: the resolved values (steps, guidance_scale, sampler, ...). model: name of the checkpoint. stages: of a
+    cascade, the result of every stage, of which this is the last; its phases are sums.
+
+    Of a network of your own images and latents are the samples [n, *shape] in the dtype of the sampler's state, images
+    as array ("np"), tensor ("pt") or None ("latent").
     """
 
     images: Any
@@ -166,6 +184,7 @@ class Result:
     timings: Mapping[str, float]
     warnings: tuple[str, ...] = ()
     model: str = ""
+    stages: tuple[Result, ...] = ()
 
     @property
     def image(self) -> Any:
@@ -184,7 +203,9 @@ class Result:
         from .images import save_png
 
         path = Path(path)
-        if self.images is None or self.request.output not in ("pil", "np"):
+        if "shape" in self.settings:
+            raise RequestError(f"save: {self.model} makes samples, not pictures; write result.images yourself")
+        if self.images is None or self.request.output not in (None, "pil", "np"):
             raise RequestError(f"save: got output={self.request.output!r}, expected a result with output='pil' or 'np'")
         many = len(self.images) > 1
         names = [path.with_name(f"{path.stem}-{seed}{path.suffix}") if many else path for seed in self.seeds]
@@ -288,8 +309,3 @@ class Job:
                 else:
                     self._future.set_result(outcome)
             self._news.notify_all()
-
-    def raise_if_cancelled(self) -> None:
-        """Engine side: raise Cancelled after cancel()."""
-        if self._cancel.is_set():
-            raise Cancelled("the job was cancelled")

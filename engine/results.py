@@ -23,16 +23,19 @@ def make_result(
 ) -> Result:
     """The Result of a request from its final latents [n, C, h, w] and its images [n, 3, H, W] in 0..1 (None.
 
-    Latents only).
+    Latents only); of a network of the user's its samples [n, *shape].
     """
-    request = settled.request
-    arrays = None if images is None else to_arrays(images)
-    if arrays is not None and parts.config.safety is not None:
-        arrays = parts.config.safety(arrays, request.prompt or "")
+    request, kept = settled.request, torch.float32
+    if parts.user is not None:
+        latents = parts.user.pattern.unfold(latents)
+        kept = latents.dtype
+    arrays = None if images is None else to_arrays(images) if parts.user is None else images.cpu().numpy()
+    if arrays is not None:
+        arrays = checked(parts, arrays, request.prompt)
     with torch.inference_mode(False):  # users may train on what they get
         return Result(
-            images=None if arrays is None else _convert(arrays, request.output),
-            latents=latents.to("cpu", torch.float32, copy=True).contiguous(),
+            images=None if arrays is None else _form(parts, arrays, request.output),
+            latents=latents.to("cpu", kept, copy=True).contiguous(),
             seeds=settled.seeds,
             request=request,
             settings=settled.settings,
@@ -42,12 +45,29 @@ def make_result(
         )
 
 
+def checked(parts: Components, arrays: np.ndarray, prompt: str | None) -> np.ndarray:
+    """Images float32 [n, H, W, C] in 0..1 as the configuration's `safety` lets them out. Raises what it raises."""
+    return arrays if parts.config.safety is None else parts.config.safety(arrays, prompt or "")
+
+
+def preview_of(parts: Components, images: torch.Tensor) -> np.ndarray:
+    """uint8 [n, H, W, C] of images [n, C, H, W] in 0..1; samples [n, *shape] of a network of the user's as they are."""
+    return to_uint8(to_arrays(images)) if parts.user is None else images.cpu().numpy().copy()
+
+
+def _form(parts: Components, arrays: np.ndarray, output: str | None) -> Any:
+    if parts.user is None:
+        return convert(arrays, output)
+    return torch.from_numpy(arrays.copy()) if output == "pt" else arrays.copy()
+
+
 def to_arrays(images: torch.Tensor) -> np.ndarray:
     """float32 [n, H, W, C] on the host from images [n, C, H, W]."""
     return images.permute(0, 2, 3, 1).float().cpu().contiguous().numpy()
 
 
-def _convert(arrays: np.ndarray, output: str) -> Any:
+def convert(arrays: np.ndarray, output: str | None) -> Any:
+    """Images float32 [n, H, W, C] in 0..1 in the form of a request's `output`."""
     if output == "pt":
         return torch.from_numpy(arrays.transpose(0, 3, 1, 2).copy())
     if output == "np":

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..kernels import sampler_step
 from ..kernels.dispatch import Site
@@ -69,18 +69,20 @@ class Runner:
         self.padded = self.mode != "eager" or config.deterministic > 1
         self.width = 2 if guided and self.padded else 1
         self.sizes = self._sizes(config.max_rows, self.width)
-        self.compiled = Compiled(parts.denoiser, self._forward_shapes()) if self.mode == "compiled" else None
+        self.compiled: dict[tuple[str, ...], Compiled] = {}  # by the ControlNets of the rows
+        if self.mode == "compiled":
+            self._compile(())
         if recorder is None and self.mode != "eager" and config.device.type == "cuda":
             recorder = CudaRecorder(config.device, benchmark=not config.deterministic)
         self.captures = None if recorder is None else Captures(recorder, config.graph_bytes)
         self._idle: OrderedDict[Hashable, Batch] = OrderedDict()
         self._states: WeakKeyDictionary[Batch, State] = WeakKeyDictionary()
 
-    def batch(self, bucket: Hashable) -> Batch:
-        """An empty batch for a bucket: the one that was kept, or a new one."""
+    def batch(self, bucket: Hashable, controls: tuple[str, ...] = ()) -> Batch:
+        """An empty batch for a bucket, whose rows have these ControlNets: the one that was kept, or a new one."""
         if bucket in self._idle:
             return self._idle.pop(bucket)
-        return Batch(self.parts.config.max_rows, self.width)
+        return Batch(self.parts.config.max_rows, self.width, controls)
 
     def retire(self, bucket: Hashable, batch: Batch) -> None:
         """Take back a batch that has become empty. With its captures it is kept, up to the byte budget."""
@@ -112,7 +114,7 @@ class Runner:
                 self._replay(batch, self._planned(batch, batch.model_rows))
             else:
                 state = batch.prefix(len(batch), batch.model_rows)
-                self._run(state, batch.draws, batch.rescaled, self._forward_rows(state))
+                self._run(state, batch.controls, batch.draws, batch.rescaled, batch.masked, self._forward_rows(state))
         batch.advance()
         return before
 
@@ -174,8 +176,9 @@ class Runner:
             lines[0] += f", at most {self.config.forward_rows} in one forward"
         if self.config.deterministic:
             lines[0] += f", deterministic: every update has {self.config.deterministic} images"
-        if self.compiled is not None:
-            lines.append(f"  compiled {self.compiled.count} shapes, at most {len(self.sizes)} per bucket")
+        if self.mode == "compiled":
+            count = sum(compiled.count for compiled in self.compiled.values())
+            lines.append(f"  compiled {count} shapes, at most {len(self.sizes)} per bucket")
         if self.captures is not None:
             c, idle = self.captures, sum(batch.bytes for batch in self._idle.values())
             lines += [
@@ -210,10 +213,10 @@ class Runner:
         """An update of `size` model rows, and of as many rows as could need them."""
         rescaled = batch.rescaled
         state = batch.prefix(min(size, batch.capacity), size)
-        always = self.captures is not None or self.config.deterministic  # idle rows cost the kernel nothing
-        draws = 2 if always else batch.draws
+        always = self.captures is not None or bool(self.config.deterministic)  # idle rows cost the kernel nothing
+        draws, masked = 2 if always else batch.draws, always or batch.masked
         most = self._forward_rows(state) if forward_rows is None else forward_rows
-        run = partial(self._run, state, draws, rescaled, most)
+        run = partial(self._run, state, batch.controls, draws, rescaled, masked, most)
         changed = _changed(state)
         if self.captures is not None:
             self._forget_outgrown(self.captures, batch)
@@ -232,11 +235,13 @@ class Runner:
             self._replay(batch, model_rows, forward_rows=forward_rows)
         else:
             state = batch.prefix(-(-model_rows // batch.width), model_rows)
-            self._run(state, batch.draws, batch.rescaled, forward_rows)
+            self._run(state, batch.controls, batch.draws, batch.rescaled, batch.masked, forward_rows)
 
-    def _run(self, state: State, draws: int, rescaled: bool, forward_rows: int) -> None:
+    def _run(
+        self, state: State, controls: tuple[str, ...], draws: int, rescaled: bool, masked: bool, forward_rows: int
+    ) -> None:
         """The update itself. All memory is taken before anything changes."""
-        self._evaluate(state, forward_rows)
+        self._evaluate(state, controls, forward_rows)
         weights = state.weights
         if rescaled:
             branches = state.outputs[state.model_rows][:, :, : state.x.shape[1]]
@@ -246,30 +251,40 @@ class Runner:
             self.step,
             *(state.x, state.base, state.history, state.outputs, state.table, state.update, weights, state.seeds),
             draws=draws,
+            mask=state.mask if masked else None,
+            known=state.known if masked else None,
             model_rows=state.model_rows,
             first_line=state.first_line,
         )
-        self.binder.bind((tuple(state.outputs.shape), tuple(state.model_rows.shape), draws), step)
+        self.binder.bind((tuple(state.outputs.shape), tuple(state.model_rows.shape), draws, masked), step)
         x, base, history, model_input, bad = step()
         torch._foreach_copy_(
-            [state.x, state.base, state.history, state.model_input],
+            [state.x, state.base, state.history, state.latent_input],
             [x, base, history, model_input[: len(state.model_input)]],
         )
         state.bad.logical_or_(bad)
         state.update.add_(1)
 
-    def _evaluate(self, state: State, forward_rows: int) -> None:
+    def _evaluate(self, state: State, controls: tuple[str, ...], forward_rows: int) -> None:
         """The network's outputs of all model rows, in forwards of at most `forward_rows`."""
         at = (state.update - state.first_line).clamp(0, WINDOW - 1)  # runs before a capture go beyond the window
         at, first = at[state.row_of], 0
         for count in _split(len(at), forward_rows):
             rows = slice(first, first + count)
             inputs = (state.model_input[rows], _rows(state.prepared, rows), at[rows])
-            denoise = partial(self.parts.denoiser, *inputs)
-            self.parts.binders["unet"].bind(tuple(inputs[0].shape), denoise)
-            outputs = denoise() if self.compiled is None else self.compiled(*inputs)
+            denoise = partial(self.parts.network(controls), *inputs)
+            for binder in self.parts.network_binders(controls):
+                binder.bind((tuple(inputs[0].shape), *_shapes(state.prepared)), denoise)
+            outputs = self._compile(controls)(*inputs) if self.mode == "compiled" else denoise()
             state.outputs[rows].copy_(outputs)
             first += count
+
+    def _compile(self, controls: tuple[str, ...]) -> Compiled:
+        if controls not in self.compiled:
+            network = self.parts.network(controls)
+            assert isinstance(network, nn.Module), "exported networks run eagerly"
+            self.compiled[controls] = Compiled(network, self._forward_shapes())
+        return self.compiled[controls]
 
     def _forget_outgrown(self, captures: Captures, batch: Batch) -> None:
         """Captures of a batch that has grown since hold tensors that nobody uses any more."""
@@ -288,6 +303,11 @@ def _split(model_rows: int, most: int) -> list[int]:
     """The model rows of every forward."""
     whole, rest = divmod(model_rows, most)
     return [most] * whole + [rest] * (rest > 0)
+
+
+def _shapes(prepared: Any) -> list[tuple[str, tuple[int, ...]]]:
+    """What else tells op calls apart: a masked prompt, or a longer one, may need another attention."""
+    return [(name, tuple(t.shape[1:])) for name, t in vars(prepared).items() if t is not None and name != "time"]
 
 
 def _rows(prepared: Any, rows: slice) -> Any:

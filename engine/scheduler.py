@@ -114,20 +114,21 @@ class Scheduler(Generic[Row]):
         deadline: float | None = None,
         client: Hashable = None,
         accepted: bool = False,
+        since: float | None = None,
     ) -> None:
         """Queue the rows of one request, which start in this order.
 
         updates: of each row. weight: model rows of each row. deadline: time of the clock. client: whose share of the
-        device they use. accepted: `check` has let them in. Raises QueueFull, and queues none, where the work would
-        exceed the bound.
+        device they use. accepted: `check` has let them in. since: when they came, if not now. Raises QueueFull, and
+        queues none, where the work would exceed the bound.
         """
         if not accepted:
             self.check(self.price(bucket, updates, weight * len(rows)))
-        now, last = self._clock(), math.inf if deadline is None else deadline
+        came, last = self._clock() if since is None else since, math.inf if deadline is None else deadline
         for row in rows:
             assert row not in self._home, f"row {row!r} was added twice"
             self._arrivals += 1
-            entry = Entry(row, bucket, client, (min(last, now + self.patience), self._arrivals), last, updates, weight)
+            entry = Entry(row, bucket, client, (min(last, came + self.patience), self._arrivals), last, updates, weight)
             self._home[row] = entry
             self._backlog.add(bucket, updates, weight)
             self._enqueue(entry)

@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import secrets
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+
+from . import imaging
 from .components import Components
+from .controls import describe, settle_controls
 from .errors import CheckpointError, RequestError
-from .request import Request
+from .imaging import Pictures
+from .prompting import check_prompts
+from .request import Control, Request
+from .runtimes.user_network import folded
+from .samples import require_negative, sample_shape
 from .sampling.planning import make_plan
 from .sampling.update import Plan
 
 
 @dataclass(frozen=True, eq=False)
 class Settled:
-    """A request with every open value decided and checked against the model."""
+    """A request with every open value decided and checked against the model.
+
+    controls: with their pictures read, float32 [height, width, 3] in 0..1. pictures: those it starts from. portion:
+    the part of the schedule it runs. shape: of a sample, where the network is the user's.
+    """
 
     request: Request
     plan: Plan
@@ -25,6 +38,15 @@ class Settled:
     seeds: tuple[int, ...]
     branches: int
     warnings: tuple[str, ...]
+    controls: tuple[Control, ...] = ()
+    pictures: Pictures = field(default_factory=Pictures)
+    portion: Mapping[str, float | None] = field(default_factory=dict)
+    shape: tuple[int, ...] | None = None
+
+    @property
+    def control_names(self) -> tuple[str, ...]:
+        """Names of its ControlNets, in order."""
+        return tuple(control.name for control in self.controls)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -34,8 +56,10 @@ class Settled:
             "guidance_scale": self.guidance_scale,
             "sampler": self.plan.sampler,
             "schedule": self.plan.schedule,
-            "width": self.width,
-            "height": self.height,
+            **({"width": self.width, "height": self.height} if self.shape is None else {"shape": list(self.shape)}),
+            **{name: value for name, value in self.portion.items() if value is not None},
+            **({"controls": [describe(control) for control in self.controls]} if self.controls else {}),
+            **({"upscale": self.request.upscale} if self.request.upscale else {}),
         }
 
 
@@ -43,10 +67,15 @@ def settle(parts: Components, request: Request) -> Settled:
     """Decide what the request left open; raises RequestError for what this model cannot do, and CheckpointError where
     the scheduler's settings ask for a variance that the denoiser does not predict.
     """
-    if parts.family.missing:
-        raise RequestError(f"{parts.name}: {parts.family.missing}; text to image is not possible with it")
+    request = replace(request, output=request.output or ("pil" if parts.user is None else "pt"))
     _check_inputs(parts, request)
-    width, height = _size(parts, request)
+    check_prompts(parts, request)
+    shape = None if parts.user is None else sample_shape(parts.user, request)
+    pictures = imaging.read_pictures(parts, request)
+    natural, resized = imaging.natural_size(parts, pictures)
+    width, height = _size(parts, request, natural) if shape is None else folded(shape)[::-1]
+    pictures = imaging.fit(parts, pictures, width, height)
+    portion = imaging.portion(parts, request, pictures)
     defaults = parts.defaults
     guidance = _first(request.guidance_scale, defaults.get("guidance_scale"), parts.family.guidance_scale)
     given = None if request.sigmas is None else len(request.sigmas) - 1
@@ -61,7 +90,9 @@ def settle(parts: Components, request: Request) -> Settled:
         s_tmin=request.s_tmin,
         s_tmax=request.s_tmax,
         s_noise=request.s_noise,
+        **portion,
     )
+    plan = imaging.edited(parts, request, plan)
     if plan.learned_variance and parts.denoiser.config.out_channels != 2 * parts.channels:
         raise CheckpointError(
             f"{parts.name}: the scheduler's settings ask for a learned variance, but the denoiser predicts "
@@ -70,17 +101,25 @@ def settle(parts: Components, request: Request) -> Settled:
         )
     embedded = parts.denoiser.config.time_cond_dim is not None
     branches = 2 if guidance > 1 and not embedded and parts.family.text != "none" else 1
-    warnings = []
-    if branches == 1 and (request.negative_prompt or request.negative_prompt_embeds is not None):
-        warnings.append("negative_prompt has no effect without guidance (guidance_scale <= 1, or a distilled model)")
+    warnings = list(resized) if (width, height) == natural else []
+    negative = "negative_prompt" if parts.user is None else "negative_conditioning"
+    if branches == 1 and (request.negative_prompt or request.negative_prompt_embeds is not None
+                          or request.negative_conditioning is not None):  # fmt: skip
+        warnings.append(f"{negative} has no effect without guidance (guidance_scale <= 1, or a distilled model)")
+    if branches == 2 and parts.user is not None:
+        require_negative(parts.name, request)
+    controls = settle_controls(parts.controlnets, request.controls, width, height)
     first = secrets.randbelow(2**32) if request.seed is None else request.seed
     seeds = tuple(first + i for i in range(request.n))
-    return Settled(request, plan, width, height, guidance, seeds, branches, tuple(warnings))
+    said = tuple(warnings)
+    return Settled(request, plan, width, height, guidance, seeds, branches, said, controls, pictures, portion, shape)
 
 
 def _check_inputs(parts: Components, request: Request) -> None:
     texts = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2", "prompt_embeds", "negative_prompt_embeds",
              "pooled_prompt_embeds", "negative_pooled_prompt_embeds", "clip_skip")  # fmt: skip
+    if parts.user is not None:
+        return
     if parts.family.text == "none":
         for name in texts:
             if getattr(request, name) is not None:
@@ -95,23 +134,19 @@ def _check_inputs(parts: Components, request: Request) -> None:
         raise RequestError(f"class_labels: {parts.name} is conditioned on text; leave them out")
     if len(parts.text) < 2 and (request.prompt_2 is not None or request.negative_prompt_2 is not None):
         raise RequestError(f"prompt_2: {parts.name} has only one text encoder; leave it out")
-    if (
-        request.prompt_embeds is not None
-        and parts.family.text == "penultimate"
-        and request.pooled_prompt_embeds is None
-    ):
-        raise RequestError("pooled_prompt_embeds: this family needs them beside prompt_embeds")
 
 
-def _size(parts: Components, request: Request) -> tuple[int, int]:
-    sample = parts.denoiser.config.sample_size or (64, 64)
-    width = _first(request.width, parts.defaults.get("width"), sample[1] * parts.scale)
-    height = _first(request.height, parts.defaults.get("height"), sample[0] * parts.scale)
+def _size(parts: Components, request: Request, natural: tuple[int, int] | None) -> tuple[int, int]:
+    sample, own = parts.denoiser.config.sample_size or (64, 64), natural or (None, None)
+    width = _first(request.width, own[0], parts.defaults.get("width"), sample[1] * parts.scale)
+    height = _first(request.height, own[1], parts.defaults.get("height"), sample[0] * parts.scale)
     for name, value in (("width", width), ("height", height)):
         if value % parts.scale:
             near = max(parts.scale, round(value / parts.scale) * parts.scale)
             raise RequestError(f"{name}: got {value}, expected a multiple of {parts.scale}; the nearest is {near}")
     if request.latents is not None:
+        if not isinstance(request.latents, torch.Tensor):
+            raise RequestError(f"latents: got {type(request.latents).__name__}, expected a tensor [n, C, h, w]")
         expected = (request.n, parts.channels, height // parts.scale, width // parts.scale)
         if tuple(request.latents.shape) != expected:
             raise RequestError(f"latents: got shape {tuple(request.latents.shape)}, expected {expected} [n, C, h, w]")

@@ -5,13 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from .errors import located
+from .model import Model
+from .models.tiles import Tiles
 from .models.unet import Conditioning
 from .request import Job
 from .settling import Settled
+from .upscaling.upscaler import Upscaler
+
+if TYPE_CHECKING:
+    from .relay import Relay
 
 
 class Bucket(NamedTuple):
@@ -29,13 +36,16 @@ class Bucket(NamedTuple):
 
 @dataclass(eq=False)
 class Ticket:
-    """Engine-side state of one job; row i of it is image i.
+    """Engine-side state of one job, or of one stage of a job that is a cascade; row i of it is image i, or tile i.
 
-    done: updates of every row that has started; latents: of the rows that have ended; bad: NaN or Inf was seen in them;
-    warm: rows to make ready for, where the job only warms up; calibrate: how to measure them, too.
+    model: what it runs on; done: updates of every row that has started; latents: of the rows that have ended; bad: NaN
+    or Inf was seen in them; warm: rows to make ready for, where the job only warms up; calibrate: how to measure them,
+    too. relay: the cascade it is a stage of; whole: the request its rows are together, where they are tiles. upscaler:
+    what enlarges its images at the end.
     """
 
     job: Job
+    model: Model
     settled: Settled
     warm: int = 0
     calibrate: Mapping[str, Any] | None = None
@@ -46,6 +56,11 @@ class Ticket:
     latents: dict[int, torch.Tensor] = field(default_factory=dict)
     bad: bool = False
     timings: dict[str, float] = field(default_factory=dict)
+    relay: Relay | None = None
+    stage: int = 0
+    whole: Settled | None = None
+    tiles: Tiles | None = None
+    upscaler: Upscaler | None = None
 
     @property
     def updates(self) -> int:
@@ -56,12 +71,22 @@ class Ticket:
     def deadline(self) -> float | None:
         """When it must have started, a time of `perf_counter`."""
         wanted = self.settled.request.deadline
-        return None if wanted is None else self.submitted + wanted
+        return None if wanted is None else self.line[0].submitted + wanted
 
     @property
     def begun(self) -> bool:
-        """Whether a row of it has started."""
-        return "began" in self.timings
+        """Whether a row of its job has started."""
+        return self.stage > 0 or "began" in self.timings
+
+    @property
+    def line(self) -> list[Ticket]:
+        """All tickets of its job, in order."""
+        return [self] if self.relay is None else list(self.relay.tickets.values())
+
+    @property
+    def asked(self) -> Settled:
+        """What was asked for: its rows, put together."""
+        return self.whole or self.settled
 
     @property
     def rows(self) -> list[Row]:
@@ -74,7 +99,18 @@ class Ticket:
         hidden = None if self.conditioning is None else self.conditioning.hidden
         masked = self.conditioning is not None and self.conditioning.kv_len is not None
         tokens = None if hidden is None else hidden.shape[1]
-        return Bucket(self.settled.height, self.settled.width, tokens, masked)
+        settled = self.settled
+        return Bucket(settled.height, settled.width, tokens, masked, settled.control_names, self.model.name)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels of its images."""
+        return self.asked.height, self.asked.width
+
+    @property
+    def enlarged(self) -> float:
+        """Sides of its images over those its model makes."""
+        return 1.0 if self.upscaler is None else self.upscaler.scale
 
     @property
     def complete(self) -> bool:
@@ -84,6 +120,24 @@ class Ticket:
     def progress(self, coming: int = 0) -> int:
         """Updates the job has seen, its rows' average; `coming`: row updates that are about to be added."""
         return (sum(self.done.values()) + coming) // len(self.settled.seeds)
+
+    def overall(self) -> tuple[int, int]:
+        """(updates done, all updates) of its job."""
+        if self.relay is None:
+            return self.progress(), self.updates
+        return self.relay.before(self.stage) + self.progress(), self.relay.updates
+
+    def proceed(self, settled: Settled, whole: Settled) -> None:
+        """Its stage can start, with these rows."""
+        self.settled, self.whole, self.submitted = settled, whole, time.perf_counter()
+
+    def named(self, error: BaseException) -> BaseException:
+        """The error with the stage of the cascade in which it came."""
+        if self.relay is None:
+            return error
+        named = located(error, self.relay.where)
+        named.__cause__ = error
+        return named
 
     def wants_preview(self, coming: int = 0) -> bool:
         """Whether the event after these row updates carries a preview."""
@@ -100,8 +154,9 @@ class Ticket:
         }
 
     def stacked(self) -> torch.Tensor:
-        """Final latents of all rows [n, C, h, w], in order."""
-        return torch.stack([self.latents[index] for index in range(len(self.latents))])
+        """Final latents of all images [n, C, h, w], in order; tiles are blended."""
+        rows = torch.stack([self.latents[index] for index in range(len(self.latents))])
+        return rows if self.tiles is None else self.tiles.blend(rows.unflatten(0, (-1, len(self.tiles))).unbind(1))
 
 
 Row = tuple[Ticket, int]

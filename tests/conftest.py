@@ -34,6 +34,22 @@ def reference_network(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str
 
 
 @pytest.fixture(scope="session")
+def exported_shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built-in model as an ONNX artefact, made once for all test processes: copy it to change it."""
+    from filelock import FileLock
+    from reference.exports import invoke
+
+    own = tmp_path_factory.getbasetemp()
+    shared = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "exported-shapes"
+    with FileLock(shared.with_suffix(".lock")):
+        if not (shared / "done").exists():
+            arguments = ["shapes", "-o", str(shared / "artefact"), "--shapes", "64x64,96x64", "--rows", "1,4"]
+            assert invoke("onnx", *arguments, "--no-verify") == 0
+            (shared / "done").touch()
+    return shared / "artefact"
+
+
+@pytest.fixture(scope="session")
 def reference_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """name ("sd15", "sd2_v", "sdxl") -> the folder of a complete pipeline in float32."""
     from reference.pipelines import build_pipeline

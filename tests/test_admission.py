@@ -17,10 +17,12 @@ from stepfuse.engine import batch as batch_module
 from stepfuse.engine import pipeline
 from stepfuse.engine.batch import Batch
 from stepfuse.engine.components import Components, load_components
+from stepfuse.engine.env import physical_memory
 from stepfuse.engine.errors import Cancelled, DeadlineMissed, MemoryBudgetError, QueueFull, RequestError
 from stepfuse.engine.request import build_request
 from stepfuse.engine.scheduling.costs import CLIP, MeasuredCosts
 from stepfuse.engine.settling import settle
+from stepfuse.engine.ticket import Bucket
 
 SIZE: dict[str, Any] = {"width": 32, "height": 32}
 LONG: dict[str, Any] = {"steps": 900, "sampler": "ddim", **SIZE}
@@ -64,6 +66,11 @@ def order_of_ends(jobs: list[Job]) -> list[int]:
 # Costs.
 
 
+def test_a_size_beyond_the_machine_is_refused_before_anything_runs(engine: Engine) -> None:
+    with pytest.raises(MemoryBudgetError, match="100000"):
+        engine.submit("a circle", width=100_000, height=100_000)
+
+
 def test_costs_are_measured_interpolated_and_scaled():
     costs = MeasuredCosts(pixels)
     assert costs((8, 8, 77), 3) == 0.0, "nothing is known yet"
@@ -88,7 +95,9 @@ def test_the_engine_measures_its_updates(engine: Engine) -> None:
     began = time.perf_counter()
     engine.generate("a circle", steps=12, **SIZE)
     spent = time.perf_counter() - began
-    assert 0.2 * spent < 12 * engine._scheduler._backlog.update_seconds((32, 32), 2) < 5 * spent
+    assert (
+        0.2 * spent < 12 * engine._worker.scheduler._backlog.update_seconds(Bucket(32, 32, None, False), 2) < 5 * spent
+    )
 
 
 # The bound of the queue.
@@ -103,8 +112,8 @@ def test_a_full_queue_refuses_and_says_when_to_come_back(parts: Components) -> N
         assert 0 < refused.value.retry_after <= refused.value.estimated_wait
         with pytest.raises(QueueFull):
             engine.generate(["a circle"] * 2, **LONG)
-        assert len(engine._scheduler) == 1, "all of a list or none"
-        assert not engine._inbox
+        assert len(engine._worker.scheduler) == 1, "all of a list or none"
+        assert not engine._worker.inbox
 
 
 def test_what_was_accepted_and_is_not_queued_yet_counts(parts: Components, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,7 +136,7 @@ def test_what_was_accepted_and_is_not_queued_yet_counts(parts: Components, monke
         with pytest.raises(Cancelled):
             first.result(30)
         assert engine.submit("a circle", steps=1, **SIZE).result(30).images, "nothing stays booked"
-        assert not engine._admission._ahead
+        assert not len(engine._worker.bookings)
 
 
 def test_without_a_bound_nothing_is_refused(engine: Engine) -> None:
@@ -146,7 +155,7 @@ def test_a_size_that_never_fits_is_refused_by_submit(parts: Components) -> None:
             engine.submit("a circle", width=2048, height=2048, steps=1)
         with pytest.raises(MemoryBudgetError, match="or use guidance_scale=1"):
             engine.submit("a circle", width=2048, height=2048, steps=1, guidance_scale=3.0)
-        assert len(engine._scheduler) == 0
+        assert len(engine._worker.scheduler) == 0
 
 
 @pytest.mark.parametrize("steps", [5, 80])
@@ -161,7 +170,7 @@ def test_the_bytes_of_a_row_are_those_of_its_buffers(engine: Engine, parts: Comp
         seat = batch.seats[0]
     kept = sum(t.numel() * t.element_size() for t in (seat.table, seat.time) if t is not None)
     assert (seat.table is None) == (steps <= batch_module.WINDOW)
-    size = engine._admission.row(settled)
+    size = engine.models[None].admission.row(settled)
     assert size.held(2) == pytest.approx(batch.bytes + kept, rel=0.02)
     assert size.activations > size.held(1) / 100
 
@@ -181,8 +190,8 @@ def test_impossible_bounds_are_refused(options: dict[str, Any], message: str) ->
         load_components("shapes", EngineConfig(device="cpu", **options))
 
 
-def test_bounds_are_off_unless_they_are_asked_for(parts: Components) -> None:
-    assert (parts.config.memory_bytes, parts.config.queue_seconds) == (math.inf, math.inf)
+def test_the_queue_has_no_bound_and_memory_that_of_the_machine_unless_others_are_asked_for(parts: Components) -> None:
+    assert (parts.config.memory_bytes, parts.config.queue_seconds) == (physical_memory(), math.inf)
     asked = load_components("shapes", EngineConfig(device="cpu", memory_gb=0.5, queue_seconds=9))
     assert (asked.config.memory_bytes, asked.config.queue_seconds) == (5e8, 9)
 
@@ -211,7 +220,7 @@ def test_a_running_job_is_not_ended_by_its_deadline(engine: Engine) -> None:
 
 def test_a_deadline_goes_before_requests_without_one(engine: Engine) -> None:
     running = occupied(engine)
-    jobs = [engine.submit("a circle", steps=2, deadline=d, output="latent", **SIZE) for d in (None, 60.0, 30.0)]
+    jobs = [engine.submit("a circle", steps=2, deadline=d, output="latent", **SIZE) for d in (None, 50.0, 30.0)]
     ended = order_of_ends(jobs)
     running[0].cancel()
     for job in jobs:
@@ -244,4 +253,4 @@ def test_cancelling_an_ended_job_holds_nothing(engine: Engine) -> None:
     job = engine.submit("a circle", steps=1, **SIZE)
     job.result(30)
     assert job.cancel() is False
-    assert not engine._cancelled, "an ended job is not held"
+    assert not engine._worker.cancelled, "an ended job is not held"

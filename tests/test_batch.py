@@ -14,11 +14,11 @@ from stepfuse.engine.models.unet import Prepared
 from stepfuse.kernels.sampler_step.columns import Column
 
 SHAPE = (4, 3, 5)
-FEATURES, TOKENS = 6, 7
+FEATURES, TOKENS, EXTRA = 6, 7, 2
 
 
 def arrivals(seed: int, rows: int, branches: int, updates: int) -> Arrivals:
-    """Random rows whose plan has a live line for every update."""
+    """Random rows whose plan has a live line for every update; every other request has a known image."""
     g = torch.Generator().manual_seed(seed)
     table = torch.randn(updates, len(Column), generator=g)
     table[:, Column.LIVE] = 1.0
@@ -36,6 +36,9 @@ def arrivals(seed: int, rows: int, branches: int, updates: int) -> Arrivals:
             kv=torch.randn(rows * branches, TOKENS, FEATURES, generator=g),
             kv_len=torch.randint(1, TOKENS, (rows * branches,), generator=g, dtype=torch.int32),
         ),
+        mask=torch.rand(rows, 1, *SHAPE[1:], generator=g) if seed % 2 else None,
+        known=torch.randn(rows, 2, *SHAPE, generator=g) if seed % 2 else None,
+        concat=torch.randn(rows * branches, EXTRA, *SHAPE[1:], generator=g),
     )
 
 
@@ -54,12 +57,16 @@ def check(batch: Batch, expected: dict[tuple[int, int], Arrivals]) -> None:
         assert state.weights[position].tolist() == new.weights + [0.0] * (batch.width - branches)
         assert state.rescale[position] == new.rescale
         assert state.seeds[position] == new.seeds[i]
+        if new.mask is not None:
+            assert torch.equal(state.mask[position], new.mask[i])
+            assert torch.equal(state.known[position], new.known[i])
         places = state.model_rows[position].tolist()
         assert places[branches:] == places[:1] * (batch.width - branches)
         for branch, place in enumerate(places[:branches]):
             source = i * branches + branch
             assert state.row_of[place] == position
-            assert torch.equal(state.model_input[place], new.x[i] * new.c_in)
+            assert torch.equal(state.latent_input[place], new.x[i] * new.c_in)
+            assert torch.equal(state.model_input[place, SHAPE[0] :], new.concat[source])
             assert torch.equal(state.prepared.time[place, :lines], new.prepared.time[source, :lines])
             assert torch.equal(state.prepared.kv[place], new.prepared.kv[source])
             assert state.prepared.kv_len[place] == new.prepared.kv_len[source]
@@ -69,6 +76,7 @@ def check(batch: Batch, expected: dict[tuple[int, int], Arrivals]) -> None:
     assert not state.row_of[batch.model_rows :].any()
     assert batch.draws == max((new.draws for new in expected.values()), default=0)
     assert batch.rescaled == any(new.rescale > 0 for new in expected.values())
+    assert batch.masked == any(new.mask is not None for new in expected.values())
 
 
 @settings(max_examples=60, deadline=None)
@@ -106,7 +114,7 @@ def test_fewer_rows_are_a_prefix_of_the_same_memory() -> None:
     part = batch.prefix(2, 4)
     assert part is batch.prefix(2, 4)
     assert (len(part.x), len(part.model_input), len(part.prepared.kv)) == (2, 4, 4)
-    for name in ("x", "history", "table", "model_input", "row_of"):
+    for name in ("x", "history", "table", "mask", "known", "model_input", "latent_input", "row_of"):
         assert getattr(part, name).data_ptr() == getattr(batch.state, name).data_ptr()
         assert getattr(part, name).stride() == getattr(batch.state, name).stride()
 
@@ -173,7 +181,8 @@ def test_bytes_count_every_tensor() -> None:
     batch = Batch(max_rows=1)
     assert batch.bytes == 0
     new = arrivals(1, 1, 1, 2)
-    batch.join(dataclasses.replace(new, prepared=Prepared(time=new.prepared.time)), ["a"])
+    batch.join(dataclasses.replace(new, prepared=Prepared(time=new.prepared.time), concat=None), ["a"])
     image, integers = 4 * 4 * 3 * 5, 8 * (4 + 1)  # update, first_line, seeds, model_rows; row_of
     floats = 4 * (WINDOW * len(Column) + 1 + 1 + WINDOW * FEATURES)
-    assert batch.bytes == image * (1 + 1 + 3 + 1 + 2) + integers + floats + 1
+    mask, known = image // 4, 2 * image
+    assert batch.bytes == image * (1 + 1 + 3 + 1 + 2) + mask + known + integers + floats + 1

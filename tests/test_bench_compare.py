@@ -14,7 +14,7 @@ from stepfuse.benchmarks import architectures, comparison, harness, rivals
 from stepfuse.benchmarks.architectures import Network, architecture
 from stepfuse.benchmarks.cli import app
 from stepfuse.benchmarks.compare import relative_error, verdicts
-from stepfuse.benchmarks.rivals import BASELINE, CONTROL, OURS
+from stepfuse.benchmarks.rivals import BASELINE, CONTROL, ONNX, OURS
 from stepfuse.engine.weights.maps import MAPS
 from stepfuse.engine.weights.share import Shared
 from stepfuse.kernels.timing import Timing
@@ -124,6 +124,7 @@ def test_the_profiler_names_the_attention_that_ran():
 def test_the_command_compares_the_built_in_model_in_every_phase(tmp_path: Path):
     out = tmp_path / "compare.jsonl"
     options = ["compare", "--arch", "shapes", "--rounds", "3", "--budget", "0.1", "--size", "32x32", "--steps", "2"]
+    options += ["--no-onnx"]  # exported once, below
     done = CliRunner().invoke(app, [*options, "--device", "cpu", "--save", str(out), "--note", "shared"])
     assert done.exit_code in (0, 1), done.output  # 1: every gate is red, which depends on the processor's rounding
     records = harness.read(out)
@@ -138,8 +139,23 @@ def test_the_command_compares_the_built_in_model_in_every_phase(tmp_path: Path):
     assert update["variants"][BASELINE]["configuration"]["layout"] == "contiguous"
     assert update["variants"][BASELINE]["configuration"]["versions"]["diffusers"]
     assert "flash_attention_for_cpu" in str(update["variants"][BASELINE]["configuration"]["attention_used"])
-    assert set(update["refused"]) >= {"torch.compile", "ONNX Runtime", "diffusers, xformers attention"}
+    assert set(update["refused"]) >= {"torch.compile", ONNX, "diffusers, xformers attention"}
     assert update["activations_std"]["mid_block"] > 0.1
+
+
+@pytest.mark.slow
+def test_our_export_is_a_rival_with_an_error_of_its_own(tmp_path: Path):
+    pytest.importorskip("onnxruntime")
+    out = tmp_path / "compare.jsonl"
+    options = ["compare", "--arch", "tiny", "--phases", "update", "--rounds", "3", "--budget", "0.1"]
+    done = CliRunner().invoke(app, [*options, "--device", "cpu", "--onnx", "--save", str(out)])
+    assert done.exit_code in (0, 1), done.output
+    (record,) = harness.read(out)
+    found = record["variants"][ONNX]
+    assert ONNX not in record["refused"]
+    assert 0 < found["error"] < 1e-4
+    assert found["gate"]["error"] == record["variants"][OURS]["error"]
+    assert found["configuration"]["versions"]["onnxruntime"]
 
 
 @pytest.mark.parametrize(

@@ -167,31 +167,31 @@ def test_a_running_engine_is_measured_without_changing_its_images(cache: Path) -
         assert len(said) == len(planned_sizes(4)), "max_rows images, of two model rows each"
         after = engine.generate("a red circle", **request).latents
         assert float((after - before).norm() / before.norm()) <= 1e-4
-        (curve,) = engine._runner.calibration.curves.values()
+        (curve,) = engine.models[None].runner.calibration.curves.values()
         text = engine.explain()
         assert "calibration: measured by this process" in text
         assert f"32 x 32: knee at {curve.knee} model rows" in text
-        assert engine._runner.calibration.cap((32, 32, 77, False)) == curve.knee
-        assert engine._runner.calibration.cost((32, 32, 77, False), 2) == curve.seconds(2) < 1
+        assert engine.models[None].runner.calibration.cap((32, 32, 77, False)) == curve.knee
+        assert engine.models[None].runner.calibration.cost((32, 32, 77, False), 2) == curve.seconds(2) < 1
         undisturbed = engine.generate("a red circle", **{**request, "steps": 60}).latents
         assert float((other.result().latents - undisturbed).norm() / undisturbed.norm()) <= 1e-4
     with Engine.load("shapes", device="cpu", max_rows=2) as engine:
-        assert engine._runner.calibration.curves == {(32, 32): curve}
+        assert engine.models[None].runner.calibration.curves == {(32, 32): curve}
         assert "calibration: read from" in engine.explain()
         key = identity(engine.components)
         assert json.loads(next((cache / "calibration").iterdir()).read_text())["key"] == key
-    assert set(key) == {"device", "model", "dtype", "runner", "kernels", "torch", "triton", "stepfuse"}
+    assert set(key) == {"device", "model", "dtype", "runtime", "runner", "kernels", "torch", "triton", "stepfuse"}
     with Engine.load("shapes", device="cpu", dtype="float64") as engine:
-        assert not engine._runner.calibration.curves, "another precision"
+        assert not engine.models[None].runner.calibration.curves, "another precision"
     with Engine.load("shapes", device="cpu", deterministic=True) as engine:
-        assert not engine._runner.calibration.curves, "no measurement decides there"
+        assert not engine.models[None].runner.calibration.curves, "no measurement decides there"
 
 
 def test_a_measured_preference_for_halves_is_followed() -> None:
     with Engine.load("shapes", device="cpu", max_rows=1) as engine:
         forwards: list[int] = []
         hook = engine.components.denoiser.register_forward_pre_hook(lambda _, args: forwards.append(len(args[0])))
-        engine._runner.calibration.add(dataclasses.replace(timed({2: 2.0}, {2: 1.0}), height=32, width=32))
+        engine.models[None].runner.calibration.add(dataclasses.replace(timed({2: 2.0}, {2: 1.0}), height=32, width=32))
         engine.generate("a circle", steps=2, **SIZE)
         assert forwards == [1, 1, 1, 1]
         engine.generate("a circle", steps=1, width=40, height=32)

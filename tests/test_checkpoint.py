@@ -253,6 +253,7 @@ KNOWN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "sd_lcm": (SD, {"time_cond_proj_dim": 256}),
     "sd_inpaint": (SD, {"in_channels": 9}),
     "sd_x4_upscaler": (SD, {"in_channels": 7, "num_class_embeds": 1000}),
+    "x4_upscaler": ({"unet": COND, "vae": KL}, {"in_channels": 7, "num_class_embeds": 351}),
     "sdxl": (XL, {"addition_embed_type": "text_time"}),
     "sdxl_inpaint": (XL, {"addition_embed_type": "text_time", "in_channels": 9}),
     "sdxl_refiner": (XL | {"text_encoder": [None, None]}, {"addition_embed_type": "text_time"}),

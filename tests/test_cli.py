@@ -8,9 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
-from stepfuse import cli
+from stepfuse import Engine, cli
+from stepfuse.cli.arguments import read_control, read_controlnets, read_lora, read_size, read_upscale
+from stepfuse.engine.errors import NumericsError, RequestError
 
 
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str) -> tuple[int, str, str]:
@@ -19,13 +23,12 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *ar
     with pytest.raises(SystemExit) as ended:
         cli.main()
     said = capsys.readouterr()
-    return int(ended.value.code or 0), said.out, " ".join(said.err.split())
+    return int(ended.value.code or 0), said.out, said.err
 
 
 @pytest.fixture
 def stepfuse(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(cli, "out", cli.Console(highlight=False, soft_wrap=True, width=200))
     return lambda *arguments: run(capsys, monkeypatch, *arguments)
 
 
@@ -70,6 +73,42 @@ def test_prompt_file(stepfuse, tmp_path: Path) -> None:
     assert (tmp_path / "p-001.png").exists()
 
 
+def test_pictures_are_changed_filled_in_and_expanded(stepfuse, tmp_path: Path) -> None:
+    Image.new("RGB", (32, 24), "red").save(tmp_path / "in.png")
+    Image.new("L", (32, 24), 255).save(tmp_path / "white.png")
+    common = ("generate", "a blue square", "--image", "in.png", "--steps", "2", "--seed", "1", "--json")
+    for more, size in (
+        (("--strength", "0.5"), [32, 24]),
+        (("--mask", "white.png"), [32, 24]),
+        (("--change-map", "white.png"), [32, 24]),
+        (("--outpaint", "0,8,4,4"), [40, 32]),
+    ):
+        code, out, said = stepfuse(*common, *more, "-o", "out.png")
+        assert code == 0, said
+        settings = json.loads(out)[0]["settings"]
+        assert [settings["width"], settings["height"]] == size
+        assert list(Image.open(tmp_path / "out.png").size) == size
+
+
+def test_loras_and_learned_words_change_the_picture(stepfuse, tmp_path: Path) -> None:
+    layer = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_q"
+    with Engine.load("shapes", device="cpu") as engine:
+        wide = engine.components.denoiser.get_parameter("down_blocks.0.resnets.0.time_emb_proj.weight").shape[0]
+    save_file(
+        {f"{layer}.lora_down.weight": torch.ones(1, wide), f"{layer}.lora_up.weight": torch.ones(wide, 1)},
+        tmp_path / "style.safetensors",
+    )
+    save_file({"toy": torch.ones(1, 128)}, tmp_path / "toy.safetensors")
+    ways = {"plain": (), "lora": ("--lora", "style.safetensors:0.5"), "word": ("--embedding", "toy.safetensors"),
+            "none": ("--lora", "style.safetensors:-0")}  # fmt: skip
+    for name, more in ways.items():
+        code, _, said = stepfuse("generate", "a red toy", "--seed", "7", "--steps", "2", "-o", f"{name}.png", *more)
+        assert code == 0, said
+    pixels = {name: Image.open(tmp_path / f"{name}.png").tobytes() for name in ways}
+    assert pixels["plain"] == pixels["none"]
+    assert len(set(pixels.values())) == 3
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -85,16 +124,123 @@ def test_prompt_file(stepfuse, tmp_path: Path) -> None:
         (["generate", "--prompts", "absent.txt"], 2, "absent.txt is not a file"),
         (["generate"], 2, "give either prompt or prompt_embeds"),
         (["generate", "x", "--device", "mps"], 4, "'mps' is not supported"),
+        (["generate", "x", "--lora", "absent.safetensors:0.8"], 3, "LoRA absent.safetensors: no such file"),
+        (["generate", "x", "--embedding", "absent.safetensors"], 3, "embedding absent.safetensors: no such file"),
+        (["generate", "x", "--image", "no.png"], 2, "image: no file 'no.png'"),
+        (["generate", "x", "--strength", "0.5"], 2, "strength: got one without an image"),
+        (["generate", "x", "--outpaint", "1,2,3"], 2, "expected L,R,T,B in pixels"),
+        (["generate", "x", "--outpaint", "0,0,0,0"], 2, "expected L,R,T,B in pixels"),
+        (["generate", "x", "--outpaint", "1,2,3,4"], 2, "--outpaint: needs --image"),
+        (
+            ["generate", "x", "--image", "a.png", "--outpaint", "1,2,3,4", "--change-map", "b.png"],
+            2,
+            "leave out --mask",
+        ),
+        (["generate", "x", "--image", "in.png", "--strength", "2"], 2, "expected a number above 0, up to 1"),
+        (["generate", "x", "--image", "in.png", "--noise-level", "3"], 2, "noise_level: shapes is no upscaler"),
+        (["generate", "x", "--control", "canny:in.png"], 2, "load it with --controlnet canny=FOLDER"),
+        (["generate", "x", "--controlnet", "a=b", "--controlnet", "a=c"], 2, "--controlnet: got two called 'a'"),
+        (["generate", "x", "--controlnet", "a=absent"], 3, "no checkpoint at absent"),
+        (["generate", "x", "--cascade", "hires"], 2, "did you mean 'hires-fix'"),
+        (["generate", "x", "--cascade", "broken.yaml"], 2, "broken.yaml is no YAML"),
+        (["generate", "x", "--upscale", "lanczos"], 2, "such as 'lanczos:2'"),
+        (["generate", "x", "--upscale", "lanczos:17"], 2, "got a factor of 17, expected above 0, up to 16"),
+        (["generate", "x", "--upscale", "lanczos:x"], 2, "--upscale: got 'lanczos:x', expected lanczos:FACTOR"),
+        (["generate", "x", "--runtime", "onnxruntime"], 3, "stepfuse export onnx shapes -o FOLDER"),
+        (["generate", "x", "--n", "0"], 2, "n: got 0, expected a whole number >= 1"),
+        (["generate", "x", "--n", "two"], 2, "'--n'"),
+        (["generate", "x", "y"], 2, "extra argument"),
+        (["generate", "x", "--imagee", "in.png"], 2, "--imagee"),
+        (["generat", "x"], 2, "No such command 'generat'"),
+        (["generate", "x", "-o", "folder.png"], 2, "folder.png is a folder"),
+        (["generate", "--prompts", "latin.txt"], 2, "latin.txt is not UTF-8 text"),
+        (["generate", "x", "--model", "[/red]"], 3, "no checkpoint at [/red]"),
+        (["generate", "x", "--lora", "a:x:.safetensors"], 3, "LoRA a:x:.safetensors: no such file"),
+        (["upscale", "in.png"], 2, "such as --scale 2"),
+        (["upscale", "in.png", "--scale", "-2"], 2, "--scale: got -2"),
+        (["upscale", "no.png", "--scale", "2"], 2, "image: no file 'no.png'"),
+        (["upscale", "in.png", "--model", "x.pth"], 3, "x.pth is pickled"),
     ],
 )
 def test_errors_are_one_line_with_a_fix_and_an_exit_code(
-    stepfuse, arguments: list[str], code: int, message: str
+    stepfuse, tmp_path: Path, arguments: list[str], code: int, message: str
 ) -> None:
+    Image.new("RGB", (32, 24), "red").save(tmp_path / "in.png")
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
+    (tmp_path / "broken.yaml").write_text("stages: [\n")
     found, out, err = stepfuse(*arguments)
     assert found == code, err
     assert out == ""
     assert message in err
-    assert "Traceback" not in err
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+
+
+def test_an_error_of_no_kind_of_ours_is_one_line_too_and_vv_says_where(stepfuse, monkeypatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise ConnectionError("no [route] to :host:")
+
+    monkeypatch.setattr(Engine, "load", fail)
+    code, _, err = stepfuse("generate", "x")
+    assert (code, err) == (1, "error: ConnectionError: no [route] to :host: (-vv shows where)\n")
+    code, _, err = stepfuse("-vv", "generate", "x")
+    assert code == 1
+    assert "Traceback" in err
+
+
+def test_pictures_that_were_made_before_an_error_are_there(stepfuse, tmp_path: Path, monkeypatch) -> None:
+    from stepfuse.engine import pipeline
+
+    decode, calls = pipeline.decode, []
+
+    def decode_one(*arguments: object, **more: object) -> object:
+        calls.append(1)
+        if len(calls) > 1:
+            raise NumericsError("NaN in the second picture")
+        return decode(*arguments, **more)
+
+    monkeypatch.setattr(pipeline, "decode", decode_one)
+    (tmp_path / "two.txt").write_text("a red circle\na blue square\n")
+    code, _, err = stepfuse("generate", "--prompts", "two.txt", "--steps", "2", "-o", "p.png", "--device", "cpu")
+    assert (code, "NaN in the second picture" in err) == (5, True)
+    assert [path.name for path in tmp_path.glob("*.png")] == ["p-000.png"]
+
+
+def test_json_lists_the_stages_of_a_cascade(stepfuse) -> None:
+    code, out, err = stepfuse("generate", "a red circle", "--steps", "2", "--size", "32x32", "--cascade", "hires-fix",
+                              "--upscale", "lanczos:1.5", "-o", "x.png", "--json")  # fmt: skip
+    assert code == 0, err
+    (made,) = json.loads(out)
+    assert [stage["settings"]["width"] for stage in made["stages"]] == [32, 64]
+    assert Image.open("x.png").size == (96, 96)
+
+
+def test_a_model_without_text_enlarges_a_picture(stepfuse, tmp_path: Path) -> None:
+    Image.new("RGB", (32, 24), "red").save(tmp_path / "in.png")
+    common = ("generate", "--model", "shapes-x4", "--image", "in.png", "--steps", "1", "-o", "x.png")
+    code, _, err = stepfuse(*common, "--noise-level", "0")
+    assert code == 0, err
+    assert Image.open(tmp_path / "x.png").size == (128, 96)
+
+
+def test_what_texts_of_options_mean() -> None:
+    given = {"a:b.png": ("a", "b.png", 1.0), "a:C:/b.png:.5": ("a", "C:/b.png", 0.5), "a:b:2": ("a", "b", 2.0)}
+    for text, expected in given.items():
+        found = read_control(text)
+        assert (found.name, found.image, found.scale) == expected
+    for wrong in ("a", "a:", ":b.png"):
+        with pytest.raises(RequestError, match=r"--control: got .*, expected NAME:IMAGE"):
+            read_control(wrong)
+    assert read_controlnets(["a=x=y", "b=z"]) == {"a": "x=y", "b": "z"}
+    for wrong in ("a", "a=", "=x"):
+        with pytest.raises(RequestError, match=f"--controlnet: got '{wrong}', expected NAME=FOLDER"):
+            read_controlnets([wrong])
+    assert read_lora("C:/a.safetensors:-.5") == ("C:/a.safetensors", -0.5)
+    assert read_lora("a:b") == ("a:b", 1.0)
+    assert read_upscale("lanczos:1.5") == ("lanczos:1.5", None)
+    assert read_upscale("n=C:/x.safetensors:2") == ("n:2", ("n", "C:/x.safetensors"))
+    assert read_size("64X96") == {"width": 64, "height": 96}
 
 
 def test_version_models_and_doctor(stepfuse) -> None:

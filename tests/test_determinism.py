@@ -236,6 +236,6 @@ def test_implementations_that_may_split_sums_are_replaced(monkeypatch: pytest.Mo
 def test_on_cuda_a_mixed_load_gives_the_bits_of_solo_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     with Engine.load("shapes", device="cuda", deterministic=FIXED) as engine:
-        assert isinstance(engine._runner.captures.recorder, CudaRecorder)
-        assert not engine._runner.captures.recorder.benchmark
+        assert isinstance(engine.models[None].runner.captures.recorder, CudaRecorder)
+        assert not engine.models[None].runner.captures.recorder.benchmark
         assert digest(engine, UNLIKE) == [digest(engine, (one,))[0] for one in UNLIKE]

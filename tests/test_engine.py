@@ -219,15 +219,6 @@ def test_a_program_that_forgets_to_close_ends_cleanly() -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_too_long_a_prompt_is_reported_with_what_was_cut(engine: Engine, small: dict[str, int]) -> None:
-    words = "a photo of a cat " * 40
-    found = engine.generate(words + "blurry", seed=1, **small)
-    assert len(found.warnings) == 1
-    assert "too long" in found.warnings[0]
-    assert "blurry" in found.warnings[0].replace(" ", "")
-    assert not engine.generate("", seed=1, **small).warnings, "the empty prompt is fine"
-
-
 def test_negative_prompt_without_guidance_is_reported(engine: Engine, small: dict[str, int]) -> None:
     found = engine.generate(PROMPT, negative_prompt="blurry", guidance_scale=1.0, **small)
     assert any("negative_prompt has no effect" in warning for warning in found.warnings)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,10 +13,12 @@ from reference.recording import DryRecorder
 
 from stepfuse import Engine, EngineConfig, Job, Request
 from stepfuse.engine import pipeline
+from stepfuse.engine.batch import Batch
 from stepfuse.engine.components import Components, load_components
-from stepfuse.engine.errors import DeviceError, NumericsError
+from stepfuse.engine.errors import DeviceError, EngineClosed, NumericsError
 from stepfuse.engine.request import build_request
 from stepfuse.engine.runner import Runner
+from stepfuse.engine.ticket import Ticket
 
 SIZE: dict[str, Any] = {"width": 32, "height": 32}
 PROMPTS = ("a red circle", "a blue square", "a green triangle")
@@ -73,7 +75,7 @@ def test_a_batch_that_does_not_fit_runs_as_smaller_ones_and_loses_nothing(
     for job, expected in zip(together(engine, steps=4), alone, strict=True):
         assert float((job.result(60).latents - expected.latents).norm() / expected.latents.norm()) <= 1e-4
     assert sizes == [6, 6] + [2] * 12, "the cap is half of what failed: three model rows, one image"
-    assert len(engine._batches.bank) == 0
+    assert len(engine._worker.batches.bank) == 0
 
 
 def test_a_lack_of_memory_in_the_middle_parks_rows_that_go_on_where_they_were(
@@ -97,7 +99,7 @@ def test_a_row_that_does_not_fit_beside_others_when_it_joins_waits_for_them(
     refused = []
 
     def limited(parts: Components, *rest: Any) -> Any:
-        if sum(map(len, engine._batches)) == 1:
+        if sum(map(len, engine._worker.batches)) == 1:
             refused.append(1)
             raise torch.OutOfMemoryError("CUDA out of memory")
         return start(parts, *rest)
@@ -106,8 +108,8 @@ def test_a_row_that_does_not_fit_beside_others_when_it_joins_waits_for_them(
     for job, expected in zip(together(engine, steps=3), alone, strict=True):
         assert float((job.result(60).latents - expected.latents).norm() / expected.latents.norm()) <= 1e-4
     assert len(refused) >= 2
-    assert not engine._batches
-    assert len(engine._scheduler) == 0
+    assert not engine._worker.batches
+    assert len(engine._worker.scheduler) == 0
 
 
 def test_a_request_that_does_not_fit_alone_ends_alone(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,8 +117,8 @@ def test_a_request_that_does_not_fit_alone_ends_alone(engine: Engine, monkeypatc
     for job in together(engine, steps=4):
         with pytest.raises(DeviceError):
             job.result(60)
-    assert len(engine._scheduler) == 0
-    assert not engine._batches
+    assert len(engine._worker.scheduler) == 0
+    assert not engine._worker.batches
 
 
 def test_idle_buckets_are_given_up_for_a_batch_that_does_not_fit(
@@ -178,6 +180,50 @@ def test_one_image_that_cannot_be_decoded_ends_its_own_job(engine: Engine, monke
         jobs[1].result(60)
     assert np.abs(jobs[0].result(60).images - alone).max() * 255 <= 2
     assert jobs[2].result(60).images.shape == (1, 32, 32, 3)
+
+
+def test_no_memory_for_the_last_latents_of_a_job_ends_it_alone(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    stacked = Ticket.stacked
+
+    def short(ticket: Ticket) -> torch.Tensor:
+        if ticket.settled.request.prompt == PROMPTS[1]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return stacked(ticket)
+
+    monkeypatch.setattr(Ticket, "stacked", short)
+    jobs = together(engine, steps=2)
+    with pytest.raises(torch.OutOfMemoryError):
+        jobs[1].result(60)
+    assert all(len(job.result(60).images) == 1 for job in (jobs[0], jobs[2]))
+
+
+def test_copying_the_last_latents_is_tried_again(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    take, calls = Batch.take, []
+
+    def short(batch: Batch, positions: Sequence[int]) -> Any:
+        calls.append(list(positions))
+        if len(calls) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return take(batch, positions)
+
+    monkeypatch.setattr(Batch, "take", short)
+    assert len(engine.submit(build(PROMPTS[0], steps=2)).result(60).images) == 1
+    assert calls == [[0], [0]]
+
+
+def test_nobody_waits_for_an_engine_whose_thread_failed(parts: Components, monkeypatch: pytest.MonkeyPatch) -> None:
+    with Engine(parts) as engine:
+
+        def broken(batch: Batch, positions: Sequence[int]) -> Any:
+            raise RuntimeError("an illegal memory access was encountered")
+
+        monkeypatch.setattr(Batch, "take", broken)
+        jobs = [engine.submit(build(PROMPTS[0], steps=steps)) for steps in (2, 40)]
+        for job in jobs:
+            with pytest.raises(EngineClosed, match="RuntimeError: an illegal memory access"):
+                job.result(60)
+        with pytest.raises(EngineClosed):
+            engine.submit(build(PROMPTS[0]))
 
 
 def test_one_preview_that_cannot_be_decoded_ends_its_own_job(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -45,6 +45,7 @@ def parts(reference_pipeline: Pipeline) -> Callable[[str], Components]:
 
 def networks(parts: Components) -> dict[str, nn.Module]:
     names = ("text_encoder", "text_encoder_2")
+    assert isinstance(parts.denoiser, nn.Module)
     return {"unet": parts.denoiser, **{n: e.model for n, e in zip(names, parts.text, strict=False)}}
 
 

@@ -18,7 +18,7 @@ SDXL = RowSize(
 def test_bytes_of_an_sdxl_row():
     assert SDXL.prompt_columns == 2 * (10 * 640 + 60 * 1280)
     assert SDXL.prepared == 77 * 166_400 * 2 == 25_625_600, "26 MB of prompt keys and values per branch"
-    assert SDXL.sampler == 4 * (6 * 4 * 128 * 128 + 30 * 16)
+    assert SDXL.sampler == 4 * (8 * 4 * 128 * 128 + 30 * 16)
     assert SDXL.held(2) == SDXL.sampler + 2 * 25_625_600
     assert SDXL.total(2) - SDXL.held(2) == 2 * 10**9
 
@@ -36,8 +36,8 @@ def test_activations_grow_with_the_area_and_hold_the_skips():
 
 
 def test_the_most_rows_that_fit():
-    row = RowSize(channels=1, height=1, width=1, updates=0, columns=0, activations=76)
-    assert (row.total(), row.total(2)) == (100, 176)
+    row = RowSize(channels=1, height=1, width=1, updates=0, columns=0, activations=68)
+    assert (row.total(), row.total(2)) == (100, 168)
     budget = Budget(1000, headroom=0.1)
     assert (budget.largest_rows(row), budget.largest_rows(row, 2)) == (9, 5)
     budget.hold("others", 450)

@@ -68,8 +68,8 @@ def test_200_random_requests_with_cancels(reference_pipeline: Callable[[str], Pa
         assert len(finished) + cancelled == 200
         assert cancelled > 0
         assert set(range(200)) - set(finished) <= doomed
-        assert len(engine._scheduler) == 0, "nothing is left behind"
-        assert not engine._batches
+        assert len(engine._worker.scheduler) == 0, "nothing is left behind"
+        assert not engine._worker.batches
         for number, found in finished.items():
             alone = engine.generate(requests[number])
             difference = float((found.latents - alone.latents).norm() / alone.latents.norm())
@@ -95,7 +95,7 @@ def troubled_request(rng: random.Random) -> Request:
 
 def make_trouble(engine: Engine, monkeypatch: pytest.MonkeyPatch, rng: random.Random) -> Counter[str]:
     """Now and then park a running row and let an update run out of memory; returns how often."""
-    scheduler, runner, seen = engine._scheduler, engine._runner, Counter[str]()
+    scheduler, runner, seen = engine._worker.scheduler, engine.models[None].runner, Counter[str]()
     preempt, update, slow = scheduler.preempt, runner.update, Counter[str]()
 
     def more_preempt() -> list:
@@ -141,8 +141,8 @@ def test_every_job_ends_once_whatever_happens(seed: int, monkeypatch: pytest.Mon
                 assert job.cancelled
             except DeadlineMissed:
                 assert requests[number].deadline in (1e-6, 0.5)
-        assert len(engine._scheduler) == len(engine._batches) == len(engine._batches.bank) == 0
-        assert not engine._admission._ahead
+        assert len(engine._worker.scheduler) == len(engine._worker.batches) == len(engine._worker.batches.bank) == 0
+        assert not len(engine._worker.bookings)
         assert seen["parked"] > 5
         assert seen["out of memory"] > 1
         assert 10 < len(finished) < 35

@@ -1,4 +1,7 @@
-"""`stepfuse.optimize`: our networks inside diffusers pipelines, compared with the same pipeline before and after."""
+"""`stepfuse.optimize`: what our networks inside a diffusers pipeline share, notice and refuse.
+
+Every kind of pipeline against itself before and after is in test_optimize_pipelines.py.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,8 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from reference.networks import CONTROLNETS, SD
-from reference.random_weights import randomize
+from reference.networks import SD
+from reference.pipeline_calls import COMMON, build_call, image_to_image, run
 from torch._subclasses.fake_tensor import FakeTensor
 
 import stepfuse
@@ -22,125 +25,16 @@ from stepfuse.engine.errors import CheckpointError, RequestError
 pytestmark = pytest.mark.slow  # left out by `.ci/run quick`
 
 LATENTS = 1e-4  # relative L2 of the final latents
-SIZE = {"width": 96, "height": 64}
-COMMON = {"prompt": "a photo of a cat", "negative_prompt": "of", "num_inference_steps": 4, "guidance_scale": 5.0}
-
-Pipeline = Callable[[str], Path]
 
 
 def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
-def picture(seed: int = 0, channels: int = 3) -> torch.Tensor:
-    """A smooth picture [1, C, 64, 96] in 0..1."""
-    coarse = torch.rand((1, channels, 4, 6), generator=torch.Generator().manual_seed(seed))
-    return torch.nn.functional.interpolate(coarse, size=(64, 96), mode="bilinear")
-
-
-def mask() -> torch.Tensor:
-    found = torch.zeros(1, 1, 64, 96)
-    found[..., 16:48, 24:64] = 1
-    return found
-
-
-def controlnet(name: str) -> Any:
-    net = diffusers.ControlNetModel(**CONTROLNETS[name])
-    randomize(net, f"controlnet.{name}")
-    return net
-
-
 @pytest.fixture
-def load(reference_pipeline: Pipeline):
+def load(reference_pipeline: Callable[[str], Path]) -> Callable[[str], tuple[Any, dict[str, Any]]]:
     """Kind of pipeline -> (a fresh diffusers pipeline in float32, the arguments it is called with)."""
-
-    def get(kind: str) -> tuple[Any, dict[str, Any]]:
-        name, _, variant = kind.partition("/")
-        pipe = diffusers.DiffusionPipeline.from_pretrained(reference_pipeline(name), torch_dtype=torch.float32)
-        pipe, more = VARIANTS[variant](pipe)
-        pipe.set_progress_bar_config(disable=True)
-        return pipe, COMMON | more
-
-    return get
-
-
-def _text(pipe: Any) -> tuple[Any, dict[str, Any]]:
-    return pipe, dict(SIZE)
-
-
-def _image(pipe: Any) -> tuple[Any, dict[str, Any]]:
-    xl = isinstance(pipe, diffusers.StableDiffusionXLPipeline)
-    cls = diffusers.StableDiffusionXLImg2ImgPipeline if xl else diffusers.StableDiffusionImg2ImgPipeline
-    return cls(**pipe.components), {"image": picture(), "strength": 0.8}
-
-
-def _inpaint(pipe: Any) -> tuple[Any, dict[str, Any]]:
-    pipe = diffusers.StableDiffusionInpaintPipeline(**pipe.components, requires_safety_checker=False)
-    return pipe, {"image": picture(), "mask_image": mask(), "strength": 0.9, **SIZE}
-
-
-def _inpaint9(pipe: Any) -> tuple[Any, dict[str, Any]]:
-    unet = diffusers.UNet2DConditionModel(**SD, in_channels=9)
-    randomize(unet, "inpaint9")
-    pipe.unet = unet
-    return _inpaint(pipe)
-
-
-def _control(pipe: Any) -> tuple[Any, dict[str, Any]]:
-    return pipe, {"image": picture(3), "controlnet_conditioning_scale": 0.7, **SIZE}
-
-
-def _control_guess(pipe: Any) -> tuple[Any, dict[str, Any]]:
-    return pipe, {"image": picture(3), "guess_mode": True, **SIZE}
-
-
-def _two_controls(pipe: Any) -> tuple[Any, dict[str, Any]]:
-    nets = [pipe.controlnet, controlnet("bgr")]
-    pipe = diffusers.StableDiffusionControlNetPipeline(
-        **pipe.components | {"controlnet": nets}, requires_safety_checker=False
-    )
-    return pipe, {"image": [picture(3), picture(4)], "controlnet_conditioning_scale": [0.7, 0.4], **SIZE}
-
-
-VARIANTS = {
-    "": _text,
-    "image": _image,
-    "inpaint": _inpaint,
-    "inpaint9": _inpaint9,
-    "control": _control,
-    "guess": _control_guess,
-    "two": _two_controls,
-}
-KINDS = [
-    "sd15", "sd15/image", "sd15/inpaint", "sd15/inpaint9", "sd2_v", "sdxl", "sdxl/image",
-    "sd15_controlnet/control", "sd15_controlnet/guess", "sd15_controlnet/two",
-]  # fmt: skip
-
-
-def run(pipe: Any, arguments: dict[str, Any], output: str = "latent", **more: Any) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(11)
-    return pipe(**arguments | more, output_type=output, generator=generator).images
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_latents_equal_and_restore_is_exact(load, kind: str) -> None:
-    pipe, arguments = load(kind)
-    components = dict(pipe.components)
-    before, images = run(pipe, arguments), run(pipe, arguments, "pt")
-    bits = {name: tensor.clone() for name, tensor in pipe.unet.state_dict().items()}
-    with stepfuse.optimize(pipe) as fast:
-        assert relative(run(pipe, arguments), before) <= LATENTS
-        assert relative(run(fast, arguments, "pt"), images) <= LATENTS
-        replaced = [network.name for network in fast.networks]
-    assert replaced[0] == "unet"
-    assert replaced[-1] == "vae"
-    assert len(replaced) == 2 + kind.startswith("sd15_controlnet") + kind.endswith("/two")
-    assert pipe.components == components
-    assert all(now is components[name] for name, now in pipe.components.items())
-    for name, tensor in pipe.unet.state_dict().items():
-        assert torch.equal(tensor, bits[name]), name
-        assert tensor.stride() == bits[name].stride(), name
-    assert torch.equal(run(pipe, arguments), before)
+    return lambda kind: build_call(kind, reference_pipeline)
 
 
 def test_our_networks_really_run_and_say_with_what(load) -> None:
@@ -330,7 +224,7 @@ def test_transforms_keep_the_result_and_follow_the_weights(load) -> None:
 
 def test_a_pipeline_that_shares_the_networks_is_optimized_too(load) -> None:
     pipe, _ = load("sd15")
-    other, arguments = _image(pipe)
+    other, arguments = image_to_image(pipe)
     other.set_progress_bar_config(disable=True)
     before = run(other, COMMON | arguments)
     fast = stepfuse.optimize(pipe)

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -22,6 +23,8 @@ from stepfuse.engine.runner import Runner
 from stepfuse.engine.settling import Settled, settle
 
 SIZE: dict[str, Any] = {"width": 32, "height": 32}
+PICTURE = np.random.default_rng(0).random((32, 32, 3), dtype=np.float32)
+HALF = np.tri(32, dtype=np.float32)
 KINDS = {
     "history": Request(prompt="a red circle", seed=1, steps=7, sampler="dpmpp_2m", guidance_scale=4.0, **SIZE),
     "longer history": Request(prompt="a red circle", seed=1, steps=7, sampler="lms", **SIZE),
@@ -30,6 +33,7 @@ KINDS = {
     "rescaled guidance": Request(prompt="circle", seed=4, steps=6, sampler="ddim", guidance_rescale=0.6, **SIZE),
     "one branch": Request(prompt="circle", seed=5, steps=6, sampler="ddpm", guidance_scale=1.0, **SIZE),
     "window": Request(prompt="a circle", seed=6, steps=23, sampler="ddpm", **SIZE),
+    "known image": Request(prompt="circle", seed=7, steps=6, sampler="euler_a", image=PICTURE, mask=HALF),
 }
 
 
@@ -96,6 +100,7 @@ def test_a_restored_row_gives_the_same_bits(parts: Components, kind: str, keep: 
             batch.leave([0])
             batch.state.x.fill_(float("nan"))  # what it left behind is used by others
             batch.state.history.fill_(float("nan"))
+            batch.state.known.fill_(float("nan"))
         again = lane.restore(Batch(4), saved)
         lane.run(again, lane.updates - parked)
         assert torch.equal(again.state.x[0], expected), parked
@@ -169,7 +174,7 @@ class Preempting:
     """An engine whose scheduler parks all running rows when the test says so."""
 
     def __init__(self, engine: Engine, monkeypatch: pytest.MonkeyPatch, when: Callable[[int], bool]) -> None:
-        scheduler, self.loops, self.parked = engine._scheduler, 0, threading.Event()
+        scheduler, self.loops, self.parked = engine._worker.scheduler, 0, threading.Event()
 
         def preempt() -> list:
             self.loops += 1
@@ -196,14 +201,14 @@ def test_jobs_that_are_parked_again_and_again_equal_their_solo_runs(
             assert float((found.latents - expected.latents).norm() / expected.latents.norm()) <= 1e-4, request
         one = engine.generate(requests[0])
         assert torch.equal(one.latents, alone[0].latents), "the same model rows in every update: the same bits"
-        assert len(engine._batches.bank) == 0
+        assert len(engine._worker.batches.bank) == 0
 
 
 def hold_parked(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> Job:
     """A long job that was parked in its second update and stays so."""
     held = Preempting(engine, monkeypatch, lambda loop: loop == 3)
-    admit = engine._scheduler.admit
-    monkeypatch.setattr(engine._scheduler, "admit", lambda: [] if held.parked.is_set() else admit())
+    admit = engine._worker.scheduler.admit
+    monkeypatch.setattr(engine._worker.scheduler, "admit", lambda: [] if held.parked.is_set() else admit())
     job = engine.submit("a red circle", steps=500, sampler="ddim", **SIZE)
     assert held.parked.wait(30)
     return job
@@ -217,7 +222,11 @@ def test_a_parked_job_can_be_cancelled(parts: Components, monkeypatch: pytest.Mo
             job.result(30)
         monkeypatch.undo()
         assert engine.generate("a circle", steps=1, **SIZE).images
-        assert (len(engine._scheduler), len(engine._batches), len(engine._batches.bank)) == (0, 0, 0)
+        assert (len(engine._worker.scheduler), len(engine._worker.batches), len(engine._worker.batches.bank)) == (
+            0,
+            0,
+            0,
+        )
 
 
 def test_a_parked_job_ends_when_the_engine_is_closed(parts: Components, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,4 +235,4 @@ def test_a_parked_job_ends_when_the_engine_is_closed(parts: Components, monkeypa
     engine.close()
     with pytest.raises(EngineClosed):
         job.result(5)
-    assert (len(engine._scheduler), len(engine._batches), len(engine._batches.bank)) == (0, 0, 0)
+    assert (len(engine._worker.scheduler), len(engine._worker.batches), len(engine._worker.batches.bank)) == (0, 0, 0)

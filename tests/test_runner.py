@@ -92,7 +92,7 @@ def test_recorded_updates_of_unlike_rows_equal_their_solo_runs(eager: Engine, fr
 
 
 def test_nothing_is_recorded_anew_when_sampler_steps_guidance_or_seed_change(graph: Engine) -> None:
-    captures, updates = graph._runner.captures, 0
+    captures, updates = graph.models[None].runner.captures, 0
     assert captures is not None
     graph.generate("a red circle", **SIZE, steps=1, sampler="ddim")
     assert (captures.captured, captures.replayed) == (1, 1)
@@ -159,12 +159,12 @@ def test_padding_rows_stay_as_they_are_and_harm_nobody(parts: Components) -> Non
 
 
 def test_buffers_and_recordings_outlive_a_bucket_until_they_are_released(graph: Engine) -> None:
-    runner = graph._runner
+    runner = graph.models[None].runner
     assert runner.captures is not None
     graph.generate("a circle", steps=1, **SIZE)
     graph.generate("a circle", steps=1, width=48, height=32)
     assert (len(runner._idle), len(runner.captures)) == (2, 2)
-    assert not graph._batches
+    assert not graph._worker.batches
     runner.release()
     assert (len(runner._idle), len(runner.captures)) == (0, 0)
     graph.generate("a circle", steps=1, **SIZE)
@@ -175,17 +175,17 @@ def test_idle_buffers_stay_within_the_budget(parts: Components) -> None:
     recorded = configured(parts, runner="graph")
     with Engine(recorded, Runner(recorded, DryRecorder())) as engine:
         engine.generate("a circle", steps=1, **SIZE)
-        (kept,) = engine._runner._idle.values()
+        (kept,) = engine.models[None].runner._idle.values()
     recorded = configured(parts, runner="graph", graph_bytes=int(1.5 * kept.bytes))
     with Engine(recorded, Runner(recorded, DryRecorder())) as engine:
         for width in (32, 40, 48):
             engine.generate("a circle", steps=1, width=width, height=32)
-        assert [bucket[1] for bucket in engine._runner._idle] == [48], "the last one used"
-        assert len(engine._runner.captures) == 1
+        assert [bucket[1] for bucket in engine.models[None].runner._idle] == [48], "the last one used"
+        assert len(engine.models[None].runner.captures) == 1
 
 
 def test_recordings_of_outgrown_buffers_are_dropped(graph: Engine) -> None:
-    runner = graph._runner
+    runner = graph.models[None].runner
     assert runner.captures is not None
     graph.generate("a circle", steps=1, **SIZE)
     graph.generate("a circle", steps=1, n=4, **SIZE)
@@ -217,7 +217,7 @@ def test_warm_up_records_every_planned_size_largest_first(parts: Components) -> 
 def test_previews_of_recorded_updates_equal_eager_ones(eager: Engine, frozen: Engine) -> None:
     request = {"seed": 4, "steps": 4, "sampler": "heun", "guidance_rescale": 0.4, "n": 2, "preview_every": 3, **SIZE}
     ours, theirs = ([e.preview for e in engine.stream("a red circle", **request)] for engine in (frozen, eager))
-    assert frozen._runner.captures.captured == 1
+    assert frozen.models[None].runner.captures.captured == 1
     assert [a is None for a in ours] == [b is None for b in theirs]
     assert sum(a is not None for a in ours) == 2
     for a, b in zip(ours, theirs, strict=True):
@@ -270,7 +270,7 @@ def test_compilations_are_allowed_for_every_number_of_rows_in_a_forward(parts: C
     runner = Runner(configured(parts, runner="compiled", forward_rows=most))
     shapes = {n for size in planned_sizes(8) for n in runner_module._split(size, most)}
     assert shapes == {1: {1}, 3: {1, 2, 3}, 8: set(planned_sizes(8))}[most]
-    assert runner.compiled.sizes >= len(shapes)
+    assert runner.compiled[()].sizes >= len(shapes)
 
 
 @pytest.mark.parametrize(
@@ -298,15 +298,16 @@ def test_warm_up_refuses_more_rows_than_may_run(eager: Engine) -> None:
 def test_nothing_is_compiled_anew_when_sampler_steps_guidance_or_seed_change(parts: Components, eager: Engine) -> None:
     compiled = configured(parts, runner="compiled")
     runner, graphs = Runner(compiled), []
-    runner.compiled = Compiled(parts.denoiser, len(runner.sizes), backend=lambda g, _: (graphs.append(g), g.forward)[1])
+    backend = lambda graph, _: (graphs.append(graph), graph.forward)[1]  # noqa: E731
+    runner.compiled[()] = Compiled(parts.denoiser, len(runner.sizes), backend=backend)
     with Engine(compiled, runner) as engine:
         engine.warmup(**SIZE, rows=2)
-        assert len(graphs) == runner.compiled.count == len(planned_sizes(4))
+        assert len(graphs) == runner.compiled[()].count == len(planned_sizes(4))
         for request, found in zip(UNLIKE[:4], [engine.generate(request) for request in UNLIKE[:4]], strict=True):
             assert relative(found.latents, eager.generate(request).latents) <= SOLO
         for found, request in zip(engine.generate(list(UNLIKE[:2])), UNLIKE[:2], strict=True):
             assert relative(found.latents, eager.generate(request).latents) <= SOLO
-        assert len(graphs) == runner.compiled.count == len(planned_sizes(4))
+        assert len(graphs) == runner.compiled[()].count == len(planned_sizes(4))
         assert f"compiled {len(graphs)} shapes" in engine.explain()
 
 

@@ -227,6 +227,13 @@ def test_light_rows_do_not_keep_a_heavy_one_out():
 # Deadlines and parking.
 
 
+def test_what_came_earlier_is_due_earlier_though_it_is_added_later():
+    scheduler: Scheduler[str] = Scheduler(1, clock=lambda: 100.0)
+    scheduler.add_request(["new"], "a")
+    scheduler.add_request(["old"], "a", since=50.0)
+    assert scheduler.admit() == [("old", "a")]
+
+
 def test_the_earliest_deadline_starts_first_and_waiting_makes_a_row_due():
     clock = Clock()
     scheduler: Scheduler[str] = Scheduler(1, patience=60.0, clock=clock)

@@ -220,7 +220,7 @@ def test_unsupported_configurations_name_the_sampler(changed: dict[str, Any], sa
         ({"steps": 0}, "at least 1"),
         ({"steps": 2.5}, "integer"),
         ({"steps": 1001}, "trained on 1000"),
-        ({"start": 10}, "from 0 to"),
+        ({"start": 10}, "leaves none"),
         ({"eta": math.nan, "sampler": "ddim"}, "from 0 to 1"),
         ({"eta": 0.5, "sampler": "euler"}, r"does not use eta; samplers that do: ddim, euler_a"),
         ({"s_churn": 3.0, "sampler": "ddim"}, r"does not use churn .*: euler, heun"),

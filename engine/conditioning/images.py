@@ -38,11 +38,44 @@ def load_mask(source: Any, name: str = "mask") -> NDArray[np.float32]:
     return _on_white(pixels) @ np.array([0.299, 0.587, 0.114], np.float32)
 
 
-def resize(image: NDArray[np.float32], width: int, height: int) -> NDArray[np.float32]:
-    """A picture [H, W, C] or a mask [H, W] in another size, by Lanczos-3 as in Pillow; 0..1 is kept."""
+def resize(image: NDArray[np.float32], width: int, height: int, by: str = "lanczos") -> NDArray[np.float32]:
+    """A picture [H, W, C] or a mask [H, W] in another size; 0..1 is kept.
+
+    by: "lanczos" (Lanczos-3), "bicubic", "bilinear" or "nearest", as Pillow does them.
+    """
+    if image.shape[:2] == (height, width):
+        return image
+    kernel = Image.Resampling[by.upper()]
     planes = [image] if image.ndim == 2 else list(np.moveaxis(image, -1, 0))
-    made = [np.asarray(Image.fromarray(plane).resize((width, height), Image.Resampling.LANCZOS)) for plane in planes]
+    made = [np.asarray(Image.fromarray(plane).resize((width, height), kernel)) for plane in planes]
     return (made[0] if image.ndim == 2 else np.stack(made, -1)).clip(0, 1)
+
+
+def expand(
+    image: NDArray[np.float32], left: int = 0, right: int = 0, top: int = 0, bottom: int = 0, *, overlap: int = 8
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """A picture [H, W, 3] with room at its sides in pixels, and the mask [H', W'] that paints it: outpainting.
+
+    The room repeats the edges: the autoencoder sees a few pixels across the border, and noise there would change its
+    latents of the picture more. overlap: pixels of the picture that are painted anew beside the room, so that the seam
+    is made of both; 7 or more cover latent sites of 8 pixels that the border cuts. Raises RequestError for negative
+    numbers, no room at all, or an overlap that leaves nothing of the picture.
+    """
+    sides = {"left": left, "right": right, "top": top, "bottom": bottom}
+    for name, pixels in (*sides.items(), ("overlap", overlap)):
+        if isinstance(pixels, bool) or not isinstance(pixels, int) or pixels < 0:
+            raise RequestError(f"{name}: got {pixels!r}, expected a whole number of pixels >= 0")
+    if not any(sides.values()):
+        raise RequestError("expand: no room at any side; give left, right, top or bottom")
+    height, width = image.shape[:2]
+    _check_size(width + left + right, height + top + bottom, "the expanded image")
+    mask: NDArray[np.float32] = np.ones((height + top + bottom, width + left + right), np.float32)
+    kept = [slice(before + overlap * (before > 0), before + side - overlap * (after > 0))
+            for before, side, after in ((top, height, bottom), (left, width, right))]  # fmt: skip
+    mask[kept[0], kept[1]] = 0
+    if mask.all():
+        raise RequestError(f"overlap: {overlap} pixels leave nothing of a picture of {width} x {height}; use fewer")
+    return np.pad(image, ((top, bottom), (left, right), (0, 0)), mode="edge"), mask
 
 
 def _channels(source: Any, name: str) -> NDArray[np.float32]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,18 +21,15 @@ CONFIG_FIELDS = ("vocab_size", "hidden_size", "intermediate_size", "projection_d
 CLASSES = ("CLIPTextModel", "CLIPTextModelWithProjection")
 NO_COMMA = -1
 ACTIVATIONS = ("quick_gelu", "gelu", "gelu_new", "gelu_pytorch_tanh")
+_TOKENIZING = threading.Lock()  # a call changes the tokenizer's settings, which fails while another thread calls it
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """ids: int64 [P, L], padded to the encoder's length; mask: 1 where a token is not padding; cut.
-
-    Text beyond L, per prompt.
-    """
+    """ids: int64 [P, L], padded to the encoder's length; mask: 1 where a token is not padding."""
 
     ids: torch.Tensor
     mask: torch.Tensor
-    cut: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -40,11 +38,6 @@ class Encoded:
 
     hidden: torch.Tensor
     pooled: torch.Tensor | None
-
-    def select(self, index: Sequence[int]) -> Encoded:
-        """The prompts at `index`, in that order."""
-        rows = torch.tensor(list(index), device=self.hidden.device)
-        return Encoded(self.hidden[rows], None if self.pooled is None else self.pooled[rows])
 
 
 @dataclass(eq=False)
@@ -70,18 +63,6 @@ class TextEncoder:
         """Number of transformer layers."""
         return self.model.config.num_hidden_layers
 
-    def tokenize(self, prompts: Sequence[str]) -> Tokens:
-        """Tokens of each prompt, cut to `length`; what was cut is returned, never dropped silently."""
-        kept, cut = [], []
-        for prompt in prompts:
-            (whole, *rest) = split_tokens([[(unit, 1.0) for unit in self._units(prompt)]], self.length - 2, NO_COMMA)
-            kept.append(whole)
-            lost = self.tokenizer.decode(
-                [token for chunk in rest for token in chunk.ids if token < len(self.tokenizer)]
-            )
-            cut.append(lost.replace("</w>", " ").strip())  # a copied tokenizer leaves the ends of words in
-        return self.pack(kept, tuple(cut))
-
     def chunks(self, prompt: str) -> list[Chunk]:
         """The prompt as chunks of `length` - 2 tokens with their weights; at least one. Raises RequestError."""
         sections = parse_prompt(prompt)
@@ -89,17 +70,18 @@ class TextEncoder:
         comma = self._units(",")
         return split_tokens(units, self.length - 2, comma[0][0] if len(comma) == 1 else NO_COMMA)
 
-    def pack(self, chunks: Sequence[Chunk], cut: tuple[str, ...] = ()) -> Tokens:
+    def pack(self, chunks: Sequence[Chunk]) -> Tokens:
         """Each chunk between begin and end, padded to `length`."""
         t, size = self.tokenizer, self.length
         ids = [[t.bos_token_id, *chunk.ids, t.eos_token_id] for chunk in chunks]
         padded = [row + [t.pad_token_id] * (size - len(row)) for row in ids]
         mask = [[1] * len(row) + [0] * (size - len(row)) for row in ids]
-        return Tokens(torch.tensor(padded), torch.tensor(mask), cut or ("",) * len(ids))
+        return Tokens(torch.tensor(padded), torch.tensor(mask))
 
     def _units(self, text: str) -> list[tuple[int, ...]]:
         """Token ids of a text; the vectors of an embedding stay together."""
-        ids = self.tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids
+        with _TOKENIZING:
+            ids = self.tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids
         return [self.vectors.get(token, (token,)) for token in ids]
 
     def encode(self, tokens: Tokens, clip_skip: int | None) -> Encoded:
@@ -142,8 +124,8 @@ def encode_prompts(
     """Encode prompts with weights, BREAK and any length: hidden [1, chunks * L, D], pooled of the first chunk [1, E].
 
     texts: per prompt, one text per encoder. All chunks of all prompts go through an encoder in one batch; an encoder
-    whose text has fewer chunks than another's gets empty ones. A prompt of one chunk without weights gives what
-    `tokenize` and `encode` give. Weights multiply the hidden states that `clip_skip` selects; restore_mean: scale the
+    whose text has fewer chunks than another's gets empty ones. A prompt of one chunk without weights gives what the
+    model makes of its tokens. Weights multiply the hidden states that `clip_skip` selects; restore_mean: scale the
     chunk so that its mean stays (the web UI's emphasis "Original", else "No norm"). Raises RequestError.
     """
     parts: list[list[Encoded]] = []

@@ -107,7 +107,11 @@ class ControlNet(Trunk):
         outputs = [t * factors[:, i, None, None, None] for i, t in enumerate(outputs)]
         return Residuals(tuple(outputs[:-1]), outputs[-1])
 
+    @property
+    def scales(self) -> int:
+        """Factors of one update, n + 1: one for every skip and one for the middle."""
+        return len(self.controlnet_down_blocks) + 1
+
     def guess_scales(self, scale: Tensor) -> Tensor:
         """Factors of guess mode [R, n + 1] from scales [R]: from a tenth at the first skip to one in the middle."""
-        count = len(self.controlnet_down_blocks) + 1
-        return scale[:, None] * torch.logspace(-1, 0, count, dtype=scale.dtype, device=scale.device)
+        return scale[:, None] * torch.logspace(-1, 0, self.scales, dtype=scale.dtype, device=scale.device)

@@ -1,4 +1,4 @@
-"""AOT packages: graphs compiled by AOTInductor, behind the interface of our networks.
+"""AOT packages: graphs compiled by AOTInductor.
 
 A package is native code and runs with the rights of whoever loads it: only load artefacts you made or trust. What is
 compiled lies in one package per bucket of sizes; the weights lie beside them once and are shared by all. Verified on
@@ -17,13 +17,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..artifact import Graph, Manifest, Profile, inside
 from ..errors import CheckpointError, DeviceError, RequestError
-from ..models.unet_config import UNetConfig
-from ..models.vae import Gaussian, VAEConfig
-from . import onnxruntime as exported
+from .exported import filled
 
 PACKAGES = "packages"
 """Folder of a graph that holds its packages and the constants that are no weights."""
@@ -38,6 +36,8 @@ class Session:
     Everything is compared before any of it runs: the kind and the device, the version of torch, the processor, and the
     hash of every file of the graph. Raises CheckpointError or DeviceError for the first that differs.
     """
+
+    only_profiles = True
 
     def __init__(self, folder: Path, name: str, device: torch.device | str = "cpu") -> None:
         manifest = Manifest.load(folder)
@@ -79,7 +79,7 @@ class Session:
             left = rows - start
             profile, model = next((entry for entry in fitting if entry[0].axes["rows"].max >= left), fitting[-1])
             taken = min(left, profile.axes["rows"].max)
-            batch = [_filled(tensor[start : start + taken], profile.axes["rows"].min) for tensor in given]
+            batch = [filled(tensor[start : start + taken], profile.axes["rows"].min) for tensor in given]
             parts.append([out[:taken] for out in model(*batch)])
             start += taken
         whole = parts[0] if len(parts) == 1 else [torch.cat(outs) for outs in zip(*parts, strict=True)]
@@ -117,45 +117,6 @@ class Session:
         }
         got = ", ".join(f"{name} {axes[name]}" for name in sorted(_fixed(self._models[0][0])))
         return f"got {got}; packages were compiled for {'; '.join(sorted(declared))}: export with these --shapes, too"
-
-
-class Denoiser(exported.Denoiser):
-    """A compiled U-Net; the interface of `UNet`."""
-
-    def __init__(self, folder: Path, device: torch.device | str = "cpu", name: str = "unet") -> None:
-        self.session = Session(folder, name, device)
-        self.config = UNetConfig.from_diffusers(exported.read_config(folder, name))
-        self.names = {port.name for port in self.session.graph.inputs} - {"sample", "timestep"}
-
-
-class VAE(exported.VAE):
-    """A compiled autoencoder; the interface of `AutoencoderKL`. The encoder is loaded when it is first used."""
-
-    def __init__(self, folder: Path, device: torch.device | str = "cpu") -> None:
-        self.folder, self.device = folder, device
-        self.decoder = Session(folder, "vae_decoder", device)
-        self.encoder = None
-        self.config = VAEConfig.from_diffusers(exported.read_config(folder, "vae_decoder"))
-
-    def encode(self, images: Tensor) -> Gaussian:
-        """images: [R, 3, H, W] in -1..1. Raises CheckpointError if the artefact has no encoder."""
-        if self.encoder is None:
-            self.encoder = Session(self.folder, "vae_encoder", self.device)
-        return super().encode(images)
-
-
-class TextModel(exported.TextModel):
-    """A compiled CLIP text encoder in place of transformers' in `TextEncoder`; its last norm serves `clip_skip`."""
-
-    def __init__(self, folder: Path, name: str = "text_encoder", device: torch.device | str = "cpu") -> None:
-        nn.Module.__init__(self)
-        from transformers import CLIPTextConfig
-
-        self.session = Session(folder, name, device)
-        found = exported.read_config(folder, name)
-        self.config = CLIPTextConfig(**{key: value for key, value in found.items() if not key.startswith("_")})
-        self.final_layer_norm = exported._final_norm(folder / name, self.config)
-        self.final_layer_norm.to(device, getattr(torch, self.session.graph.dtype))
 
 
 def target(device: torch.device) -> dict[str, Any]:
@@ -208,9 +169,3 @@ def _fixed(profile: Profile) -> list[str]:
 
 def _fits(profile: Profile, axes: Mapping[str, int]) -> bool:
     return all(profile.axes[name].max == axes[name] for name in _fixed(profile))
-
-
-def _filled(tensor: Tensor, rows: int) -> Tensor:
-    """`tensor` with at least `rows` rows: the last one is repeated."""
-    missing = rows - len(tensor)
-    return tensor.contiguous() if missing <= 0 else torch.cat([tensor, tensor[-1:].expand(missing, *tensor.shape[1:])])

@@ -106,6 +106,8 @@ class Session:
     RequestError where the package is missing, DeviceError for a GPU it was not built for.
     """
 
+    only_profiles = True
+
     def __init__(self, folder: Path, name: str, device: torch.device | str = "cuda") -> None:
         manifest, self.graph, path = open_plan(folder, name)
         flavour = str(self.graph.options["flavour"])

@@ -12,41 +12,48 @@ CLIP = 4.0
 class MeasuredCosts:
     """(bucket, model rows) -> seconds of an update: an exponential average of those that ran.
 
-    size(bucket): pixels; buckets of one size cost the same. smoothing: weight of a new measurement. Other numbers of
-    rows are interpolated; a size that never ran is scaled from the nearest one. Zero until something was measured: what
-    is unknown is not refused. `note` is for one thread, calls for any.
+    size(bucket): pixels; kind(bucket): what runs there. Buckets of one kind and size cost the same. smoothing: weight
+    of a new measurement. Other numbers of rows are interpolated; a size that never ran is scaled from the nearest one
+    of its kind. Zero until the kind was measured: what is unknown is not refused. `note` is for one thread, calls for
+    any.
     """
 
-    def __init__(self, size: Callable[[Hashable], int], smoothing: float = 0.1) -> None:
-        self._size, self._smoothing = size, smoothing
-        self._seconds: dict[int, dict[int, float]] = {}
-        self._first: set[tuple[int, int]] = set()
+    def __init__(
+        self,
+        size: Callable[[Hashable], int],
+        kind: Callable[[Hashable], Hashable] = lambda bucket: None,
+        smoothing: float = 0.1,
+    ) -> None:
+        self._size, self._kind, self._smoothing = size, kind, smoothing
+        self._seconds: dict[Hashable, dict[int, dict[int, float]]] = {}
+        self._first: set[tuple[Hashable, int, int]] = set()
 
     def note(self, bucket: Hashable, rows: int, seconds: float) -> None:
         """An update of that many model rows took so long. The second one replaces the first, which warmed up."""
-        size = self._size(bucket)
-        times = self._seconds.get(size, {})
+        kind, size = self._kind(bucket), self._size(bucket)
+        sizes = self._seconds.get(kind, {})
+        times = sizes.get(size, {})
         before = times.get(rows)
         if before is None:
-            self._first.add((size, rows))
-            self._seconds[size] = times | {rows: seconds}  # another thread never sees a size without a time
-        elif (size, rows) in self._first:
-            self._first.discard((size, rows))
+            self._first.add((kind, size, rows))
+            # another thread never sees a kind or a size without a time
+            self._seconds[kind] = sizes | {size: times | {rows: seconds}}
+        elif (kind, size, rows) in self._first:
+            self._first.discard((kind, size, rows))
             times[rows] = min(seconds, CLIP * before)
         else:
             times[rows] = before + self._smoothing * (min(seconds, CLIP * before) - before)
 
     def __call__(self, bucket: Hashable, rows: int) -> float:
         """Estimated seconds of one update."""
-        size = self._size(bucket)
-        exact = self._seconds.get(size, {}).get(rows)  # the usual case: without sorting
-        if exact is not None:
-            return exact
-        sizes = list(self._seconds)
+        size, sizes = self._size(bucket), self._seconds.get(self._kind(bucket))
         if not sizes:
             return 0.0
+        exact = sizes.get(size, {}).get(rows)  # the usual case: without sorting
+        if exact is not None:
+            return exact
         near = min(sizes, key=lambda other: abs(math.log(other / size)))
-        return interpolate(self._seconds[near], rows) * size / near
+        return interpolate(sizes[near], rows) * size / near
 
 
 def interpolate(times: Mapping[int, float], rows: int) -> float:

@@ -36,6 +36,16 @@ SIGNATURES: dict[str, Mapping[str, Expected]] = {
     "sd_inpaint": _SD | {"extra_channels": 5, "unet.num_class_embeds": "absent"},  # mask and masked latents
     "sd_x4_upscaler": _SD
     | {"extra_channels": 3, "unet.num_class_embeds": "present"},  # small image and its noise level
+    "x4_upscaler": _CONDITIONAL
+    | {
+        "text_encoder": "absent",
+        "text_encoder_2": "absent",
+        "vae": "AutoencoderKL",
+        "extra_channels": 3,
+        "unet.num_class_embeds": "present",
+        "unet.class_embed_type": "absent",
+        "unet.addition_embed_type": "absent",
+    },
     "sdxl": _XL | {"text_encoder": "CLIPTextModel", "extra_channels": 0},
     "sdxl_inpaint": _XL | {"text_encoder": "CLIPTextModel", "extra_channels": 5},
     "sdxl_refiner": _XL | {"text_encoder": "absent", "extra_channels": 0},

@@ -9,16 +9,27 @@ from typing import Any
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.controlnets.controlnet import ControlNetModel
+from diffusers.models.unets.unet_2d import UNet2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.pipelines.controlnet.pipeline_controlnet import StableDiffusionControlNetPipeline
+from diffusers.pipelines.ddpm.pipeline_ddpm import DDPMPipeline
 from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_inpaint import StableDiffusionInpaintPipeline
+from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion_upscale import StableDiffusionUpscalePipeline
 from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl import StableDiffusionXLPipeline
+from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl_img2img import (
+    StableDiffusionXLImg2ImgPipeline,
+)
+from diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl_inpaint import (
+    StableDiffusionXLInpaintPipeline,
+)
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from diffusers.schedulers.scheduling_euler_discrete import EulerDiscreteScheduler
 from diffusers.schedulers.scheduling_pndm import PNDMScheduler
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from .networks import CONTROLNETS, SD, SD2, SDXL, vae
+from .networks import CONTROLNETS, DDPM, REFINER, SD, SD2, SDXL, UPSCALER, vae
 from .random_weights import randomize
 
 SCHEDULE: dict[str, Any] = {
@@ -84,15 +95,15 @@ def _sd2_v() -> Any:
     return _sd(SD2, "gelu", scheduler)
 
 
-def _sdxl() -> Any:
+def _sdxl(cls: Any = StableDiffusionXLPipeline, **unet: Any) -> Any:
     scheduler: Any = EulerDiscreteScheduler(**SCHEDULE, timestep_spacing="leading")
-    return StableDiffusionXLPipeline(
+    return cls(
         vae=AutoencoderKL(**vae(scaling_factor=0.13025)),
         text_encoder=CLIPTextModel(text_config("quick_gelu")),
         tokenizer=tokenizer(),
         text_encoder_2=CLIPTextModelWithProjection(text_config("gelu")),
         tokenizer_2=tokenizer(),
-        unet=UNet2DConditionModel(**SDXL),
+        unet=UNet2DConditionModel(**SDXL | unet),
         scheduler=scheduler,
         add_watermarker=False,
     )
@@ -104,7 +115,55 @@ def _sd15_controlnet() -> Any:
     return _sd(SD, "quick_gelu", scheduler, StableDiffusionControlNetPipeline, controlnet=control)
 
 
-PIPELINES = {"sd15": _sd15, "sd2_v": _sd2_v, "sdxl": _sdxl, "sd15_controlnet": _sd15_controlnet}
+def _sd15_inpaint9() -> Any:
+    scheduler = PNDMScheduler(**SCHEDULE, skip_prk_steps=True, set_alpha_to_one=False)
+    return _sd(SD | {"in_channels": 9}, "quick_gelu", scheduler, StableDiffusionInpaintPipeline)
+
+
+def _refiner() -> Any:
+    scheduler: Any = EulerDiscreteScheduler(**SCHEDULE, timestep_spacing="leading")
+    absent: Any = None
+    return StableDiffusionXLImg2ImgPipeline(
+        vae=AutoencoderKL(**vae(scaling_factor=0.13025)),
+        text_encoder=absent,
+        tokenizer=absent,
+        text_encoder_2=CLIPTextModelWithProjection(text_config("gelu")),
+        tokenizer_2=tokenizer(),
+        unet=UNet2DConditionModel(**REFINER),
+        scheduler=scheduler,
+        requires_aesthetics_score=True,
+        force_zeros_for_empty_prompt=False,
+        add_watermarker=False,
+    )
+
+
+def _x4_upscaler() -> Any:
+    betas: Any = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "scaled_linear"}
+    return StableDiffusionUpscalePipeline(
+        vae=AutoencoderKL(**vae(widths=(8, 16, 16), scaling_factor=0.08333)),
+        text_encoder=CLIPTextModel(text_config("gelu")),
+        tokenizer=tokenizer(),
+        unet=UNet2DConditionModel(**UPSCALER),
+        low_res_scheduler=DDPMScheduler(**betas),
+        scheduler=DDIMScheduler(**betas, clip_sample=False, set_alpha_to_one=False, prediction_type="v_prediction"),
+    )
+
+
+def _ddpm() -> Any:
+    return DDPMPipeline(unet=UNet2DModel(**DDPM), scheduler=DDPMScheduler(num_train_timesteps=8, beta_end=0.4))
+
+
+PIPELINES = {
+    "sd15": _sd15,
+    "sd2_v": _sd2_v,
+    "sdxl": _sdxl,
+    "sd15_controlnet": _sd15_controlnet,
+    "sd15_inpaint9": _sd15_inpaint9,
+    "sdxl_inpaint9": lambda: _sdxl(StableDiffusionXLInpaintPipeline, in_channels=9),
+    "sdxl_refiner": _refiner,
+    "x4_upscaler": _x4_upscaler,
+    "ddpm": _ddpm,
+}
 
 
 def build_pipeline(name: str, folder: Path) -> None:

@@ -1,0 +1,1 @@
+"""Upscalers without diffusion: Lanczos, and feed-forward networks such as Real-ESRGAN or SwinIR."""
