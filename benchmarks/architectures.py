@@ -18,6 +18,7 @@ from ..engine.families import builtin_folder
 from ..engine.models.unet import Conditioning, UNet
 from ..engine.models.unet_config import UNetConfig
 from ..engine.models.vae import AutoencoderKL, VAEConfig
+from ..engine.runtimes.networks import DenoiserNetwork
 from ..engine.weights.maps import MAPS
 from ..engine.weights.share import Shared
 from .gpu_parts import unets, vaes
@@ -93,7 +94,7 @@ class Network:
         import diffusers
 
         diffusers.utils.logging.set_verbosity_error()  # it warns of every change of dtype
-        self.kind, self.device, self.dtype = kind, device, dtype
+        self.arch, self.kind, self.device, self.dtype = arch, kind, device, dtype
         self.cls: Any = diffusers.UNet2DConditionModel if kind == "unet" else diffusers.AutoencoderKL
         self.config = dict(arch.unet if kind == "unet" else arch.vae)
         if arch.trained:
@@ -181,16 +182,11 @@ def their_call(unet: Any, inputs: Mapping[str, Tensor]) -> Tensor:
     return unet(inputs["latents"].to(dtype), inputs["timesteps"], hidden, **added, return_dict=False)[0]
 
 
-def our_arguments(unet: UNet, inputs: Mapping[str, Tensor]) -> tuple[Any, ...]:
+def our_arguments(unet: DenoiserNetwork, inputs: Mapping[str, Tensor]) -> tuple[Any, ...]:
     """The arguments of our graph; what all updates share is computed here, once, as the engine does."""
     given = {name: inputs[name] for name in ("hidden", "pooled", "time_ids") if name in inputs}
-    prepared = unet.prepare(Conditioning(**given), inputs["timesteps"][:, None])
-    return inputs["latents"], prepared, torch.zeros(len(inputs["latents"]), dtype=torch.int64, device=unet_device(unet))
-
-
-def unet_device(net: nn.Module) -> torch.device:
-    """Where a network's weights are."""
-    return next(net.parameters()).device
+    prepared, latents = unet.prepare(Conditioning(**given), inputs["timesteps"][:, None]), inputs["latents"]
+    return latents, prepared, torch.zeros(len(latents), dtype=torch.int64, device=latents.device)
 
 
 def spreads(theirs: Any, run: Callable[[], Any]) -> dict[str, float]:

@@ -113,6 +113,39 @@ def throughput(
 
 
 @app.command()
+def cascade(
+    cascade: Annotated[str, typer.Option(help="A built-in cascade or a YAML file of one.")] = "shapes-x4",
+    model: Model = "shapes",
+    mix: Annotated[str, typer.Option(help="'mixed', 'sizes', 'alike', or a JSON file of field -> values.")] = "mixed",
+    requests: Annotated[int, typer.Option(min=2, help="Requests of one run, all there from the start.")] = 8,
+    rounds: Annotated[int, typer.Option(min=3, help="Runs of each way.")] = 5,
+    budget: Annotated[float, typer.Option(min=0.1, help="Seconds of timing, after three rounds.")] = 120.0,
+    max_rows: Annotated[int, typer.Option(min=1, help="Most images in one update, of every way.")] = 8,
+    seed: Annotated[int, typer.Option(min=0, help="Of the requests.")] = 0,
+    timeline: Annotated[Path | None, typer.Option(help="PNG of when every request was updated.")] = None,
+    device: Device = None,
+    dtype: Dtype = None,
+    as_json: AsJson = False,
+    save: Save = None,
+    note: Note = None,
+) -> None:
+    """Requests through a cascade: re-batched at every stage, one after the other, and stage after stage."""
+    from ..engine.cascade import Cascade
+    from . import cascades, figures, harness
+    from .mix import Mix
+
+    plan = cascades.Plan(cascade=Cascade.of(cascade), mix=Mix.load(mix), requests=requests, rounds=rounds,
+                         budget_s=budget, seed=seed)  # fmt: skip
+    with _engine(model, device, dtype, max_rows=max_rows) as engine, _Progress() as progress:
+        machine = harness.fingerprint(str(engine.components.config.device))
+        made = _saved([cascades.record(engine, plan, machine, progress.notice)], save, note)
+    if timeline:
+        figures.cascade_timelines(made, timeline)
+    _show(made, as_json, cascades.table(made[0]))
+    raise typer.Exit(int(not all(facts["gate"]["green"] for facts in made[0]["variants"].values())))
+
+
+@app.command()
 def compare(
     arch: Annotated[
         str, typer.Option(help="shapes, sd15, sd2, sdxl (random weights, made in place), tiny.")
@@ -126,17 +159,20 @@ def compare(
     compiled: Annotated[
         bool | None, typer.Option("--compile/--no-compile", help="torch.compile as a rival; default on CUDA only.")
     ] = None,
+    exported: Annotated[
+        bool | None, typer.Option("--onnx/--no-onnx", help="Our ONNX export by ONNX Runtime; default for shapes only.")
+    ] = None,
     device: Device = None,
     dtype: Dtype = None,
     as_json: AsJson = False,
     save: Save = None,
     note: Note = None,
 ) -> None:
-    """Ours against diffusers on the same weights, interleaved, with errors beside times."""
+    """Ours against diffusers, and our ONNX export, on the same weights, interleaved, with errors beside times."""
     from . import comparison
 
     options = {"arch": arch, "device": device, "dtype": dtype, "images": n, "rounds": rounds, "budget_s": budget,
-               "compiled": compiled, "steps": steps, **_pixels(size)}  # fmt: skip
+               "compiled": compiled, "exported": exported, "steps": steps, **_pixels(size)}  # fmt: skip
     wanted = tuple(part for part in phases.split(",") if part)
     with err.status("loading") as status:
         made = _saved(comparison.records(wanted, notice=status.update, **options), save, note)

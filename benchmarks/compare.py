@@ -26,7 +26,10 @@ Notice = Callable[[str], None]
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Where and how to compare. width, height: pixels, None for the architecture's own. images: in one update."""
+    """Where and how to compare. width, height: pixels, None for the architecture's own. images: in one update.
+
+    exported: also our ONNX export by ONNX Runtime.
+    """
 
     device: torch.device
     dtype: torch.dtype
@@ -36,6 +39,7 @@ class Settings:
     rounds: int = 12
     budget_s: float = 60.0
     compiled: bool = False
+    exported: bool = False
 
 
 @torch.inference_mode()
@@ -49,11 +53,11 @@ def update(arch: Architecture, settings: Settings, notice: Notice = lambda text:
     def theirs(module: Any) -> Tensor:
         return architectures.their_call(module, inputs)
 
-    def prepare() -> Callable[[Any], Tensor]:
-        arguments = architectures.our_arguments(net.ours, inputs)
-        return lambda module: module(*arguments)
+    def ours(module: Any) -> Callable[[], Tensor]:
+        arguments = architectures.our_arguments(module, inputs)
+        return lambda: module(*arguments)
 
-    found = _phase(net, theirs, prepare, settings, notice, f"{arch.name} update")
+    found = _phase(net, theirs, ours, settings, notice, f"{arch.name} update")
     config = net.ours.config
     found["tflop"] = 1e-12 * flops.of_update(config, 2 * settings.images, *latent)
     return found | {"rows": 2 * settings.images, "latent": list(latent)}
@@ -71,12 +75,15 @@ def decode(arch: Architecture, settings: Settings, notice: Notice = lambda text:
     def theirs(module: Any) -> Tensor:
         return module.decode(latents.to(module.dtype), return_dict=False)[0]
 
-    found = _phase(net, theirs, lambda: lambda module: module.decode(latents), settings, notice, f"{arch.name} decode")
+    def ours(module: Any) -> Callable[[], Tensor]:
+        return lambda: module.decode(latents)
+
+    found = _phase(net, theirs, ours, settings, notice, f"{arch.name} decode")
     return found | {"rows": settings.images, "latent": list(latent)}
 
 
 def _phase(
-    net: Network, theirs: Callable[[Any], Tensor], prepare: Callable[[], Callable[[Any], Tensor]], settings: Settings,
+    net: Network, theirs: Callable[[Any], Tensor], ours: Callable[[Any], Callable[[], Tensor]], settings: Settings,
     notice: Notice, what: str,
 ) -> dict[str, Any]:  # fmt: skip
     """Sanity, truth, variants, times and verdicts of one network."""
@@ -89,7 +96,7 @@ def _phase(
     finally:
         torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32 = tf32
     net.lay_out()
-    lineup = Lineup(net, theirs, prepare(), settings.compiled)
+    lineup = Lineup(net, theirs, ours, compiled=settings.compiled, exported=settings.exported)
     lineup.gather()
     notice(f"{what}: timing {', '.join(variant.name for variant in lineup.variants)}")
     found = judge(lineup.variants, truth, settings)

@@ -13,8 +13,8 @@ PHASES = ("update", "decode", "end-to-end")
 
 def records(
     phases: Sequence[str], *, arch: str, device: str | None, dtype: str | None, images: int, rounds: int,
-    budget_s: float, compiled: bool | None, steps: int, notice: Callable[[str], None], width: int | None = None,
-    height: int | None = None,
+    budget_s: float, compiled: bool | None, steps: int, notice: Callable[[str], None], exported: bool | None = None,
+    width: int | None = None, height: int | None = None,
 ) -> Iterator[dict[str, Any]]:  # fmt: skip
     """Compare in `phases` (empty: all that `arch` has). Raises RequestError for what cannot be compared."""
     known = PHASES if arch == "shapes" else PHASES[:2]
@@ -36,6 +36,7 @@ def records(
     settings = compare.Settings(
         device=place, dtype=resolve_dtype("dtype", dtype) or half, width=width, height=height, images=images,
         rounds=rounds, budget_s=budget_s, compiled=place.type == "cuda" if compiled is None else compiled,
+        exported=arch == "shapes" if exported is None else exported,
     )  # fmt: skip
     try:
         network = architecture(arch)

@@ -134,6 +134,31 @@ def timelines(records: Sequence[Record], path: Path) -> bool:
     return _save(figure, path)
 
 
+def cascade_timelines(records: Sequence[Record], path: Path) -> bool:
+    """When every request of the last record was updated, and at which stage: a panel a way, a line a request."""
+    found = records[-1]
+    lines: Mapping[str, Any] = found["timelines"]
+    count = len(next(iter(lines.values())))
+    figure, axes = _canvas(records[-1:], 0.9 + len(lines) * (0.55 + 0.17 * count), panels=len(lines))
+    end = max(stages[-1][-1] for requests in lines.values() for stages in requests)
+    for axis, (way, requests) in zip(axes, lines.items(), strict=True):
+        for place, stages in enumerate(requests):
+            for number, ticks in enumerate(stages):
+                colour = f"C{number}"
+                axis.hlines(place, ticks[0], ticks[-1], color=colour, linewidth=4, alpha=0.3)
+                axis.plot(ticks[:-1], [place] * (len(ticks) - 1), "|", color=colour, markersize=6)
+        rate = found["variants"][way]["images_per_s"]
+        last = max(stages[-1][-1] for stages in requests)
+        axis.axvline(last, color="0.5", linewidth=1, linestyle="--")
+        axis.set(ylabel="request", yticks=[], xlim=(0, 1.02 * end), ylim=(count - 0.4, -0.6))
+        axis.set_title(f"{way}: {rate:.3g} images/s (median of {found['conditions']['rounds']} runs)", loc="left",
+                       fontsize=10)  # fmt: skip
+        axis.grid(axis="x", alpha=0.3)
+    axes[-1].set_xlabel(f"seconds; cascade {found['conditions']['cascade']}: a tick is an update of a request, blue of "
+                        "its first stage, orange of its second")  # fmt: skip
+    return _save(figure, path)
+
+
 def comparisons(records: Sequence[Record], path: Path) -> bool:
     """Median milliseconds of every variant, 10th to 90th percentile; hatched where ours may not be compared with it."""
     figure, axes = _canvas(records, 1.1 + 0.42 * sum(len(r["variants"]) + 1.6 for r in records), panels=len(records),
@@ -178,6 +203,7 @@ PICTURES: dict[str, dict[str, Callable[[Sequence[Record], Path], bool]]] = {
     "latency": {"latency": latency_bars, "knee": knee_curve, "roofs": roofs},
     "throughput": {"load": load_curves, "timeline": timelines},
     "compare": {"compare": comparisons},
+    "cascade": {"cascade": cascade_timelines},
     "profile": {"profile": shares},
 }
 

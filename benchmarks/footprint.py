@@ -80,7 +80,7 @@ def per_update(engine: Engine, workload: Workload, steps: tuple[int, int] = (2, 
     device = engine.components.config.device
     counts, updates = [], []
     for number in steps:
-        options = dict(workload.options) | {"steps": number}
+        options: dict[str, Any] = dict(workload.options) | {"steps": number}
         engine.generate(workload.prompt, n=workload.n, seed=0, **options)  # first use of this many steps
         counts.append(_count(engine, workload, options, device))
         last = list(engine.stream(workload.prompt, n=workload.n, seed=0, **options))[-1]

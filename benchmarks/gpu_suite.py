@@ -60,6 +60,7 @@ PARTS = (
     Part("vae-ablation", "vae_ablation", 120, "our decoding with one op switched at a time, as a graph"),
     Part("compare", "comparisons", 300, "an update and a decoding of ours beside the strongest of diffusers"),
     Part("runners", "runners", 240, "one update as the engine makes it: eager, captured, compiled"),
+    Part("packages", "packages", 300, "one update by an AOT package, compiled here, beside our own graphs"),
     Part("replays", "replays", 60, "recorded updates in random order against eager, no wait, no new capture"),
     Part(
         "equality", "equalities", 90, "unlike rows against their solo runs; deterministic ones to the bit", REPEATABLE

@@ -40,9 +40,17 @@ CALLS = (
     ),
     Call(
         "C",
-        "rows: equality, the knee, a load; then decoding, the ops alone, and the engine from prompt to pixels",
-        480,
-        {"equality": 60, "knee": 110, "rows-static": 90, "vae-ablation": 60, "kernels": 130, "latency": 30},
+        "rows: equality, the knee, a load; then decoding, the ops alone, prompt to pixels, and a compiled package",
+        500,
+        {
+            "equality": 70,
+            "knee": 80,
+            "rows-static": 80,
+            "vae-ablation": 55,
+            "kernels": 105,
+            "latency": 20,
+            "packages": 90,
+        },
     ),
 )
 

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("torch", "triton", "numpy", "transformers", "diffusers", "xformers", "onnxruntime", "safetensors")
+PACKAGES = ("torch", "triton", "numpy", "transformers", "diffusers", "xformers", "onnxruntime", "onnx", "onnxscript",
+            "safetensors")  # fmt: skip
 CLOCK_FIELDS = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu", "clocks_event_reasons.active")
 
 

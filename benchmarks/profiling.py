@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ..engine.models.vae import AutoencoderKL
 from .footprint import trace
 from .latency import Workload
 
@@ -61,7 +62,7 @@ def mark_only(engine: Engine, workload: Workload) -> None:
 
 def _warm(engine: Engine, workload: Workload) -> Callable[[], None]:
     """Run the requests before the one that counts, and return that one."""
-    options = dict(workload.options) | {"n": workload.n, "seed": 0}
+    options: dict[str, Any] = dict(workload.options) | {"n": workload.n, "seed": 0}
     for _ in range(workload.warmup):
         engine.generate(workload.prompt, **options)
 
@@ -129,11 +130,11 @@ MARK = "stepfuse: "
 def marked(parts: Components) -> Iterator[None]:
     """Marks around every call of the networks and of the denoiser's blocks: profiler ranges, and NVTX on CUDA."""
     modules = dict(networks(parts))
-    modules |= {f"denoiser.{name}": child for name, child in parts.denoiser.named_children() if name != "conv_in"}
+    modules |= {f"denoiser.{name}": child for name, child in parts.unet.named_children() if name != "conv_in"}
     modules |= {
         f"denoiser.{name}.{i}": block
         for name in ("down_blocks", "up_blocks")
-        for i, block in enumerate(getattr(parts.denoiser, name, ()))
+        for i, block in enumerate(getattr(parts.unet, name, ()))
     }
     handles = [handle for name, module in modules.items() for handle in _hooks(name, module, parts.config.device)]
     try:
@@ -145,10 +146,10 @@ def marked(parts: Components) -> Iterator[None]:
 
 def networks(parts: Components) -> Mapping[str, nn.Module]:
     """The networks of a checkpoint by name."""
-    found: dict[str, nn.Module] = {"denoiser": parts.denoiser}
+    found: dict[str, nn.Module] = {"denoiser": parts.unet}
     for index, encoder in enumerate(parts.text):
         found[f"text encoder {index + 1}"] = encoder.model
-    if parts.vae is not None:
+    if isinstance(parts.vae, AutoencoderKL):
         found["decoder"] = parts.vae.decoder
     return found
 

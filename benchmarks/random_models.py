@@ -6,18 +6,19 @@ nothing, but every update costs what it costs with trained weights.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from ..engine.binding import Binder
-from ..engine.components import Components
+from ..engine.components import Components, control_binder
 from ..engine.conditioning.text import TextEncoder, load_tokenizer
 from ..engine.config import EngineConfig, ResolvedConfig, resolve
 from ..engine.families import FAMILIES, builtin_folder
 from ..engine.sampling.scheduler_config import SchedulerConfig
 from .architectures import TEXT, architecture
-from .random_networks import autoencoder, deploy, unet
+from .random_networks import autoencoder, controlnet, deploy, unet
 
 SCHEDULER = {
     "_class_name": "DDIMScheduler", "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
@@ -57,6 +58,16 @@ def random_model(arch: str, config: EngineConfig) -> Components:
         defaults=DEFAULTS,
         binders={"unet": Binder(denoiser, settled), "vae": Binder(vae, settled)},
     )
+
+
+def with_controlnet(parts: Components, name: str) -> Components:
+    """The same model with a ControlNet of random weights that requests call `name`."""
+    config = parts.config
+    torch.manual_seed(0)
+    net = controlnet(parts.unet.config, parts.scale, config.device)
+    deploy(net, config.dtype)
+    binders = {**parts.binders, control_binder(name): Binder(net, config)}
+    return replace(parts, controlnets={**parts.controlnets, name: net}, binders=binders)
 
 
 def _encoder(width: int, two: bool, config: ResolvedConfig) -> TextEncoder:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..engine.models.controlnet import ControlNet, ControlNetConfig
 from ..engine.models.unet import Conditioning, Prepared, UNet
 from ..engine.models.unet_config import UNetConfig
 from ..engine.models.vae import AutoencoderKL, VAEConfig
@@ -36,6 +37,14 @@ def autoencoder(
     with torch.device(device), _default(dtype):
         vae = AutoencoderKL(VAEConfig.from_diffusers(dict(config)))
     return _randomise(vae)
+
+
+def controlnet(trunk: UNetConfig, factor: int, device: torch.device | str) -> ControlNet:
+    """A ControlNet in float32 for a U-Net of this structure whose latents have `factor` pixels a site along a side."""
+    widths = tuple(16 * 2**level for level in range(factor.bit_length()))
+    with torch.device(device), _default(torch.float32):
+        net = ControlNet(ControlNetConfig(trunk=trunk, image_widths=widths))
+    return _randomise(net)
 
 
 def unet_inputs(config: Mapping[str, Any], rows: int, device: torch.device | str) -> dict[str, Tensor]:

@@ -26,6 +26,7 @@ KINDS = {
     "startup": "start-up",
     "throughput closed": "eight waiting clients",
     "throughput": "many requests",
+    "cascade": "requests through a cascade",
     "runners": "one guided update, by runner",
     "rows-static": "many requests",
     "update-ablation": "one guided update, our kernels in place",
@@ -145,6 +146,8 @@ def _comparison(record: Record) -> str:
             return ""
         fastest = min(rivals, key=lambda name: rivals[name]["median_s"])
         return f"fastest other: {fastest}, {ratio(record, fastest)}"
+    if record["kind"] == "cascade":
+        return ", ".join(_against(rival, claim) for rival, claim in record["speedup"].items())
     if record["kind"] == "runners":
         return _against(record["beside"], record["speedup"])
     if record["kind"].endswith("ablation"):

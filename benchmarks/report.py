@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..engine.errors import RequestError
+from .cascades import say as say_cascade
 from .comparison import configuration, ratio
 from .latency import knee
 from .throughput import say
@@ -113,6 +114,23 @@ def compare(records: Sequence[Record]) -> Iterator[str]:
         yield from (f"* did not run: {name}: {why}" for name, why in r["refused"].items())
 
 
+def cascade(records: Sequence[Record]) -> Iterator[str]:
+    """Cascades, re-batched and not."""
+    yield from _title("Cascades", records)
+    yield "One engine, the same requests, all there from the start, interleaved."
+    for r in records:
+        c = ", ".join(f"{name} {value}" for name, value in r["conditions"].items())
+        yield f"\n### {r['name']}\n\n{c}. A/A spread {100 * r['a_a_spread']:.2g} %.\n"
+        yield "| way | images/s | median s | p10 | p90 | mean end s | gate |"
+        yield "|---|---|---|---|---|---|---|"
+        for name, f in r["variants"].items():
+            numbers = [f"{f[key]:.3g}" for key in ("images_per_s", "median_s", "p10_s", "p90_s", "mean_end_s")]
+            gate = f"{'green' if f['gate']['green'] else '**RED**'} {f['gate']['error']:.1e}"
+            yield _row([name, *numbers, gate])
+        yield ""
+        yield from (f"* re-batched over {rival}: {say_cascade(r, rival)}" for rival in r["speedup"])
+
+
 def profile(records: Sequence[Record]) -> Iterator[str]:
     """Where the time goes."""
     yield from _title("Where the time goes", records)
@@ -129,6 +147,7 @@ SECTIONS: dict[str, Callable[[Sequence[Record]], Iterator[str]]] = {
     "startup": startup,
     "throughput": throughput,
     "compare": compare,
+    "cascade": cascade,
     "profile": profile,
 }
 

@@ -10,6 +10,8 @@ import importlib.util
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -17,13 +19,16 @@ from torch import Tensor, nn
 
 from ..engine.binding import Binder
 from ..engine.config import EngineConfig, resolve
-from . import harness
+from . import exported, harness
 from .architectures import Network
 from .footprint import trace
 from .gpu_parts.unets import priority
 
 BASELINE, CONTROL = "diffusers eager", "diffusers eager again"
 OURS, OURS_GRAPH = "stepfuse eager", "stepfuse graph"
+ONNX = "ONNX Runtime, our export"
+NO_COMPILE = "left out (--compile turns it on; the default on CUDA only)"
+NO_ONNX = "left out (--onnx turns it on; the default for shapes only: exporting takes long)"
 REFUSALS = (RuntimeError, ValueError, NotImplementedError, ImportError, AttributeError, TypeError, KeyError)
 """What a variant may raise without ending the comparison: no memory, no compiler, an unsupported device."""
 
@@ -50,10 +55,15 @@ class Variant:
 class Lineup:
     """Variants of one network that ran once, and the reasons of those that did not."""
 
-    def __init__(self, network: Network, theirs: Evaluate, ours: Callable[[nn.Module], Tensor], compiled: bool) -> None:
-        self.network, self.theirs, self.ours, self.compiled = network, theirs, ours, compiled
+    def __init__(
+        self, network: Network, theirs: Evaluate, ours: Callable[[Any], Callable[[], Tensor]], *, compiled: bool,
+        exported: bool,
+    ) -> None:  # fmt: skip
+        """ours: an evaluation of the network it is given, which is ours or stands in for it."""
+        self.network, self.theirs, self.ours, self.compiled, self.exported = network, theirs, ours, compiled, exported
         self.variants: list[Variant] = []
         self.refused: dict[str, str] = {}
+        self._folder = TemporaryDirectory(prefix="stepfuse-compare-")  # goes with the lineup
 
     def gather(self) -> None:
         """Set up everything that can run on this machine; eager baseline, control and ours first."""
@@ -71,9 +81,12 @@ class Lineup:
             self._add("diffusers channels-last, compiled" + (", cuDNN attention, graph" if cuda else ""),
                       lambda: self._compiled("cudnn" if cuda else ""), graph=cuda)  # fmt: skip
         else:
-            self.refused["torch.compile"] = "left out (--compile turns it on; the default on CUDA only)"
+            self.refused["torch.compile"] = NO_COMPILE
         self._add("diffusers, xformers attention", self._xformers)
-        self.refused["ONNX Runtime"] = _why_no_onnx()
+        if self.exported:
+            self._add(ONNX, self._onnx)
+        else:
+            self.refused[ONNX] = NO_ONNX
 
     def _add(
         self, name: str, make: Callable[[], tuple[Callable[[], Tensor], dict[str, Any]]], *, graph: bool = False,
@@ -82,7 +95,7 @@ class Lineup:
         try:
             call, facts = make()
             call()
-            facts = {"versions": _versions(name, own), "dtype": _short(self.network.dtype)} | facts
+            facts = {"versions": versions(name, own), "dtype": _short(self.network.dtype)} | facts
             facts["attention_used"] = attention_used(call, self.network.device)
             replay = capture(call) if graph else None
             self.variants.append(Variant(name, call, facts | {"cuda_graph": graph}, replay, own))
@@ -100,11 +113,12 @@ class Lineup:
     def _own(self) -> tuple[Callable[[], Tensor], dict[str, Any]]:
         net = self.network
         binder = Binder(net.ours, resolve(EngineConfig(device=str(net.device), dtype=net.dtype)))
-        binder.bind("compared", lambda: self.ours(net.ours))
+        call = self.ours(net.ours)
+        binder.bind("compared", call)
         used = Counter(
             f"{site.op}: {site.implementation}" for table in binder.dispatches.values() for site in table.sites.values()
         )
-        return lambda: self.ours(net.ours), {"layout": layout(net.ours), "compile": "none", "kernels": dict(used)}
+        return call, {"layout": layout(net.ours), "compile": "none", "kernels": dict(used)}
 
     def _fused(self) -> Any:
         if self.network.kind != "unet":
@@ -136,6 +150,10 @@ class Lineup:
         twin = self.network.twin(self.network.nhwc)
         twin.enable_xformers_memory_efficient_attention()
         return self._theirs(twin)
+
+    def _onnx(self) -> tuple[Callable[[], Tensor], dict[str, Any]]:
+        module = exported.session(self.network, Path(self._folder.name))
+        return self.ours(module), {"compile": "none", "threads": torch.get_num_threads()}
 
 
 class Compilations:
@@ -191,19 +209,12 @@ def layout(module: nn.Module) -> str:
     return "contiguous" if plain == len(weights) else f"{last} of {len(weights)} convolutions channels-last"
 
 
-def _versions(name: str, own: bool) -> dict[str, str]:
+def versions(name: str, own: bool = False) -> dict[str, str]:
+    """Of the packages that a variant runs through. own: it is ours."""
     packages = harness.fingerprint()["packages"]
     wanted = ["torch", "triton"] + ([] if own else ["diffusers"]) + (["xformers"] if "xformers" in name else [])
+    wanted = ["onnxruntime", "onnx", "onnxscript"] if name == ONNX else wanted
     return {package: packages[package] for package in wanted if package in packages}
-
-
-def _why_no_onnx() -> str:
-    root = __name__.partition(".")[0]
-    if importlib.util.find_spec("onnxruntime") is None:
-        return "onnxruntime is not installed"
-    if importlib.util.find_spec(f"{root}.export") is None:
-        return "this version has no ONNX export of its graphs"
-    return "not compared yet"
 
 
 def _short(dtype: torch.dtype) -> str:

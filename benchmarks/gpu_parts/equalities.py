@@ -2,7 +2,7 @@
 
 By default the relative L2 distance of final latents is held against the tolerance of `throughput`. Deterministic, the
 latents of every row must be the same bits alone, among other rows, in another order, beside rows of NaN, and in another
-process.
+process. Image to image, inpainting, a ControlNet and cascades beside text to image, in float16: by the tolerance again.
 """
 
 from __future__ import annotations
@@ -13,14 +13,19 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
+from itertools import count
 from typing import Any
 
+import numpy as np
 import torch
 
+from ...engine.components import Components, load_components
+from ...engine.config import EngineConfig
 from ...engine.engine import Engine
 from ...engine.errors import NumericsError
-from ...engine.request import Job, Request, Result
+from ...engine.request import Control, Job, Request, Result
 from ..mix import Mix
+from ..random_models import with_controlnet
 from ..throughput import TOLERANCE
 from .batches import model
 from .restarted import digest
@@ -28,6 +33,7 @@ from .session import Session
 
 ROWS = 8
 SEED = 5
+CONTROLNET = "random"
 
 
 def run(session: Session) -> None:
@@ -72,9 +78,12 @@ def load(session: Session, name: str, deterministic: bool) -> Engine:
     On CUDA, deterministic, the process must have been started with cuBLAS's repeatable workspaces.
     """
     options: dict[str, Any] = {"deterministic": ROWS} if deterministic else {"max_rows": ROWS}
-    if name == "shapes":
-        return Engine.load(name, device=str(session.device), dtype=session.dtype, **options)
-    return Engine(model(session, name, **options))
+    return Engine(_parts(session, name, session.dtype, **options))
+
+
+def _parts(session: Session, name: str, dtype: torch.dtype, **options: Any) -> Components:
+    given = {"device": str(session.device), "dtype": dtype, "max_rows": ROWS, **options}
+    return load_components(name, EngineConfig(**given)) if name == "shapes" else model(session, name, **given)
 
 
 def unlike(tiny: bool) -> list[Request]:
@@ -90,6 +99,47 @@ def _tolerance(session: Session, engines: Engines) -> dict[str, Any]:
     allowed = TOLERANCE[str(session.dtype).removeprefix("torch.")]
     return {"green": all(error <= allowed for error in errors), "largest": max(errors), "errors": errors,
             "allowed": allowed, "rows": ROWS}  # fmt: skip
+
+
+def _kinds_of_work(session: Session, engines: Engines) -> dict[str, Any]:
+    """Requests of every kind in one engine, in float16, against the same ones alone."""
+    requests = kinds(session.tiny)
+    with Engine(with_controlnet(_parts(session, engines.name, torch.float16), CONTROLNET)) as engine:
+        jobs = [engine.submit(one, cascade=cascade) for one, cascade in requests.values()]
+        together = [job.result() for job in jobs]
+        alone = [engine.generate(one, cascade=cascade) for one, cascade in requests.values()]
+    errors = {name: float((found.latents - own.latents).norm() / own.latents.norm())
+              for name, found, own in zip(requests, together, alone, strict=True)}  # fmt: skip
+    allowed = TOLERANCE["float16"]
+    return {"green": all(error <= allowed for error in errors.values()), "largest": max(errors.values()),
+            "errors": errors, "allowed": allowed, "rows": len(requests)}  # fmt: skip
+
+
+def kinds(tiny: bool) -> dict[str, tuple[Request, str | None]]:
+    """Requests by what they do, with the cascade they go through."""
+    size = {"width": 32, "height": 32} if tiny else {}
+    numbers = count()
+
+    def one(**fields: Any) -> Request:
+        seed = next(numbers)
+        return Request(
+            prompt="a red circle", seed=seed, steps=3 if tiny else 8 + seed, output="latent", **size, **fields
+        )
+
+    ramp = np.linspace(0, 1, 64, dtype=np.float32)
+    across, down = np.meshgrid(ramp, ramp)
+    image = np.stack([across, down, 1 - across], -1)
+    control = {"controls": (Control(name=CONTROLNET, image=image, scale=0.5),)}
+    return {
+        "text to image": (one(), None),
+        "image to image": (one(image=image, strength=0.6), None),
+        "inpainting": (one(image=image, mask=across.round()), None),
+        "change map": (one(image=image, change_map=across), None),
+        "ControlNet": (one(**control), None),
+        "ControlNet, image to image": (one(image=image, strength=0.7, **control), None),
+        "cascade": (one(), "hires-fix"),
+        "cascade, two images": (one(n=2), "hires-fix"),
+    }
 
 
 def _among_others(session: Session, engines: Engines) -> dict[str, Any]:
@@ -151,6 +201,7 @@ def _equal(expected: Sequence[torch.Tensor], found: Sequence[torch.Tensor]) -> d
 
 MEASUREMENTS: dict[str, Callable[[Session, Engines], dict[str, Any]]] = {
     f"{ROWS} unlike rows against their solo runs": _tolerance,
+    "every kind of request against its solo run, float16": _kinds_of_work,
     "deterministic, among other rows": _among_others,
     "deterministic, permuted": _permuted,
     "deterministic, beside NaN": _beside_nan,

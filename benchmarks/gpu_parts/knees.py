@@ -80,11 +80,12 @@ def _guidance(session: Session, parts: Components, config: Mapping[str, Any], ro
 
 
 def _evaluation(parts: Components, inputs: Mapping[str, torch.Tensor]) -> Callable[[], torch.Tensor]:
-    arguments = prepared(parts.denoiser, inputs)
+    net = parts.unet
+    arguments = prepared(net, inputs)
 
     def evaluate() -> torch.Tensor:
-        parts.binders["unet"].bind(tuple(arguments[0].shape), lambda: parts.denoiser(*arguments))
-        return parts.denoiser(*arguments)
+        parts.binders["unet"].bind(tuple(arguments[0].shape), lambda: net(*arguments))
+        return net(*arguments)
 
     return evaluate
 

@@ -47,8 +47,8 @@ def _ready(session: Session, arch: str) -> tuple[Components, torch.Tensor]:
 def _updates(session: Session, parts: Components, mode: str) -> Updates:
     parts = configured(parts, runner=mode)
     runner = Runner(parts)
-    if session.tiny and runner.compiled is not None:
-        runner.compiled.backend = "eager"
+    for compiled in runner.compiled.values() if session.tiny else ():
+        compiled.backend = "eager"
     return Updates(runner, filled(parts, runner, [REQUEST]))
 
 
