@@ -51,7 +51,7 @@ class EngineConfig:
     estimated seconds, above which submit raises QueueFull; by default no bound. variant: weight file variant ("fp16").
     download: fetch a hub id that is not in the local cache. vae_tiling: decode in overlapping tiles; "auto" above 1536
     x 1536 pixels. controlnets: name -> folder or hub id of a ControlNet, for `Request.controls`. safety: called on
-    every batch of images before they are returned.
+    every batch of images, previews too, before they are handed out.
     """
 
     device: str | None = None

@@ -21,9 +21,8 @@ def make_result(
     timings: dict[str, float],
     warnings: tuple[str, ...],
 ) -> Result:
-    """The Result of a request from its final latents [n, C, h, w] and its images [n, 3, H, W] in 0..1 (None.
-
-    Latents only); of a network of the user's its samples [n, *shape].
+    """The Result of a request from its final latents [n, C, h, w] and its images [n, 3, H, W] in 0..1, or of a network
+    of the user's its samples [n, *shape]; None where only latents are wanted.
     """
     request, kept = settled.request, torch.float32
     if parts.user is not None:
@@ -50,9 +49,13 @@ def checked(parts: Components, arrays: np.ndarray, prompt: str | None) -> np.nda
     return arrays if parts.config.safety is None else parts.config.safety(arrays, prompt or "")
 
 
-def preview_of(parts: Components, images: torch.Tensor) -> np.ndarray:
-    """uint8 [n, H, W, C] of images [n, C, H, W] in 0..1; samples [n, *shape] of a network of the user's as they are."""
-    return to_uint8(to_arrays(images)) if parts.user is None else images.cpu().numpy().copy()
+def preview_of(parts: Components, images: torch.Tensor, prompt: str | None) -> np.ndarray:
+    """uint8 [n, H, W, C] of images [n, C, H, W] in 0..1, as `checked` lets them out; samples [n, *shape] of a network
+    of the user's as they are.
+    """
+    if parts.user is not None:
+        return images.cpu().numpy().copy()
+    return to_uint8(checked(parts, to_arrays(images), prompt))
 
 
 def _form(parts: Components, arrays: np.ndarray, output: str | None) -> Any:

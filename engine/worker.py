@@ -153,9 +153,12 @@ class Worker:
     def _queue(self, model: Model, fresh: list[Ticket]) -> None:
         began = time.perf_counter()
         try:
-            encoded = pipeline.encode(model.parts, [ticket.settled for ticket in fresh])
-        except Exception as error:  # boundary: a failed encode ends its jobs, not the engine
-            self._fail(fresh, error)
+            encoded = self.batches.with_room(lambda: pipeline.encode(model.parts, [one.settled for one in fresh]))
+        except Exception as error:  # boundary: a failed encode ends its own job
+            if len(fresh) == 1:
+                self._fail(fresh, error)
+            for ticket in fresh if len(fresh) > 1 else ():
+                self._queue(model, [ticket])
             return
         for ticket, (conditioning, cut) in zip(fresh, encoded, strict=True):
             ticket.conditioning, ticket.warnings = conditioning, ticket.settled.warnings + cut
@@ -263,7 +266,8 @@ class Worker:
             rows = sorted((owner[1], i) for i, owner in enumerate(batch.owners) if owner[0] is ticket)
             try:
                 latents = before.denoised([position for _, position in rows])
-                preview = preview_of(ticket.model.parts, pipeline.decode(ticket.model.parts, latents))
+                images = pipeline.decode(ticket.model.parts, latents)
+                preview = preview_of(ticket.model.parts, images, ticket.settled.request.prompt)
             except Exception as error:  # boundary: a failed preview ends its own job
                 return error
         update, total = ticket.overall()
@@ -345,6 +349,8 @@ class Worker:
     def _fail(self, tickets: Sequence[Ticket] | set[Ticket], error: BaseException) -> None:
         """End jobs with an error and take their rows out of everything."""
         for ticket in tickets:
+            if isinstance(error, torch.OutOfMemoryError):
+                error = out_of_memory(ticket.model.parts.config, len(ticket.rows), error)
             line = ticket.line
             rows = {row for one in line for row in one.rows}
             self.scheduler.remove(rows)

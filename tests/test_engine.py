@@ -334,8 +334,11 @@ def test_safety_hook_sees_every_image_once(reference_pipeline: Callable[[str], P
     config = EngineConfig(device="cpu", safety=hook)
     with Engine.load(reference_pipeline("sd15"), config=config) as engine:
         found = engine.generate(PROMPT, n=2, steps=1, width=64, height=64, output="np")
-    assert seen == [((2, 64, 64, 3), PROMPT)]
-    assert not found.images.any()
+        assert seen == [((2, 64, 64, 3), PROMPT)]
+        assert not found.images.any()
+        previews = [e.preview for e in engine.stream(PROMPT, steps=2, width=64, height=64, preview_every=1)]
+    assert len(seen) > 2, "previews, too"
+    assert not any(preview.any() for preview in previews if preview is not None)
 
 
 def test_an_explicit_implementation_is_used_at_every_site(reference_pipeline: Callable[[str], Path]) -> None:

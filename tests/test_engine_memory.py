@@ -18,6 +18,7 @@ from stepfuse.engine.components import Components, load_components
 from stepfuse.engine.errors import DeviceError, EngineClosed, NumericsError
 from stepfuse.engine.request import build_request
 from stepfuse.engine.runner import Runner
+from stepfuse.engine.settling import Settled
 from stepfuse.engine.ticket import Ticket
 
 SIZE: dict[str, Any] = {"width": 32, "height": 32}
@@ -192,9 +193,26 @@ def test_no_memory_for_the_last_latents_of_a_job_ends_it_alone(engine: Engine, m
 
     monkeypatch.setattr(Ticket, "stacked", short)
     jobs = together(engine, steps=2)
-    with pytest.raises(torch.OutOfMemoryError):
+    with pytest.raises(DeviceError, match="out of memory on cpu with 1 images"):
         jobs[1].result(60)
     assert all(len(job.result(60).images) == 1 for job in (jobs[0], jobs[2]))
+
+
+def test_one_prompt_that_cannot_be_encoded_ends_its_own_job(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    encode, sizes = pipeline.encode, []
+
+    def short(parts: Components, batch: Sequence[Settled]) -> Any:
+        sizes.append(len(batch))
+        if any(one.request.prompt == PROMPTS[1] for one in batch):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return encode(parts, batch)
+
+    monkeypatch.setattr(pipeline, "encode", short)
+    jobs = together(engine, steps=2)
+    with pytest.raises(DeviceError, match="out of memory on cpu with 1 images"):
+        jobs[1].result(60)
+    assert all(len(job.result(60).images) == 1 for job in (jobs[0], jobs[2]))
+    assert max(sizes) > 1, "they came together"
 
 
 def test_copying_the_last_latents_is_tried_again(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

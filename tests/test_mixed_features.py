@@ -26,16 +26,18 @@ ENLARGED = Cascade(
         Stage(model="x4", request={"steps": 2, "noise_level": 20}),
     ),
 )
+HALF = RIGHT > 0.5
 KINDS: dict[str, tuple[dict[str, Any], Cascade | None]] = {
     "text to image": ({"steps": 6, "guidance_scale": 1.0, "sampler": "euler_a"}, None),
     "weighted words, long prompt": ({"prompt": "a (cat:1.3) " + "and a dog " * 30, "n": 2, "steps": 5}, None),
     "image to image": ({"image": PICTURE, "strength": 0.6, "sampler": "dpmpp_2m", "steps": 8}, None),
-    "inpainting": ({"image": PICTURE, "mask": RIGHT > 0.5, "steps": 5}, None),
-    "RePaint": ({"image": PICTURE, "mask": RIGHT > 0.5, "resample": (2, 2), "sampler": "ddpm", "steps": 4}, None),
+    "inpainting": ({"image": PICTURE, "mask": HALF, "steps": 5}, None),
+    "RePaint": ({"image": PICTURE, "mask": HALF, "resample": (2, 2), "sampler": "ddpm", "steps": 4}, None),
     "change map": ({"image": PICTURE, "change_map": RIGHT, "steps": 6}, None),
     "ControlNet": ({"controls": (Control(name="lines", image=LINES, scale=0.8, end=0.5),), "steps": 6}, None),
     "ControlNet, inpainting": (
-        {"controls": (Control(name="lines", image=LINES),), "image": PICTURE, "mask": RIGHT > 0.5, "steps": 4, "n": 2}, None,
+        {"controls": (Control(name="lines", image=LINES),), "image": PICTURE, "mask": HALF, "steps": 4, "n": 2},
+        None,
     ),
     "cascade": ({"steps": 4}, ENLARGED),
     "cascade of an image": ({"image": PICTURE, "strength": 0.7, "steps": 4}, ENLARGED),
