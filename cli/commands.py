@@ -42,15 +42,15 @@ def stepfuse(
 @app.command()
 def models() -> None:
     """List the built-in models and the kinds of checkpoint that can be loaded."""
-    from ..engine.families import BUILTIN, FAMILIES
+    from ..engine.families import BUILTIN, BUILTIN_CONTROLNETS, FAMILIES
 
     terminal.out.print("built-in", style="bold")
-    for name, text in BUILTIN.items():
-        terminal.out.print(f"  {name:<14} {text}")
+    for name, text in (BUILTIN | BUILTIN_CONTROLNETS).items():
+        terminal.out.print(f"  {name:<17} {text}")
     terminal.out.print("checkpoint folders (--model PATH or a cached hub id)", style="bold")
     for family in FAMILIES.values():
         note = f" (needs {family.needs})" if family.needs else ""
-        terminal.out.print(Text.assemble(f"  {family.name:<14} {family.summary}", (note, "dim")))
+        terminal.out.print(Text.assemble(f"  {family.name:<17} {family.summary}", (note, "dim")))
 
 
 @app.command()

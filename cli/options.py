@@ -40,7 +40,7 @@ Outpaint = Annotated[
 ]
 
 ControlNets = Annotated[
-    list[str] | None, typer.Option(metavar="NAME=FOLDER", help="Load a ControlNet. May be given several times.")
+    list[str] | None, typer.Option(metavar="NAME=FOLDER", help="Load a ControlNet (or NAME=shapes-silhouette).")
 ]
 Controls = Annotated[
     list[str] | None,

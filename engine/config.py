@@ -50,8 +50,8 @@ class EngineConfig:
     default what is free on a CUDA device, and a CPU machine's whole memory. queue_seconds: the most unfinished work, in
     estimated seconds, above which submit raises QueueFull; by default no bound. variant: weight file variant ("fp16").
     download: fetch a hub id that is not in the local cache. vae_tiling: decode in overlapping tiles; "auto" above 1536
-    x 1536 pixels. controlnets: name -> folder or hub id of a ControlNet, for `Request.controls`. safety: called on
-    every batch of images, previews too, before they are handed out.
+    x 1536 pixels. controlnets: name -> built-in name, folder or hub id of a ControlNet, for `Request.controls`. safety:
+    called on every batch of images, previews too, before they are handed out.
     """
 
     device: str | None = None

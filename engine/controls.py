@@ -14,6 +14,7 @@ from torch import Tensor
 from .conditioning.images import load_image, resize
 from .config import ResolvedConfig
 from .errors import CheckpointError, RequestError, closest
+from .families import BUILTIN_CONTROLNETS, builtin_folder
 from .models.controlled import Controlled, ControlledPrepared
 from .models.controlnet import ControlNet, ControlNetConfig
 from .models.transforms import transform
@@ -41,13 +42,15 @@ class ControlNetFile:
         variant: str | None = None,
         download: bool = False,
     ) -> None:
-        """source: folder or hub id of a ControlNet, or of a pipeline that has one. channels: of the latents; scale:
-        pixels per latent site. Raises CheckpointError for a structure that is not built here, or does not fit.
+        """source: built-in name, folder or hub id of a ControlNet, or of a pipeline that has one. channels: of the
+        latents; scale: pixels per latent site. Raises CheckpointError for a structure that is not built here, or does
+        not fit.
         """
         self.what = f"controlnets[{name!r}]"
         if not isinstance(source, (str, Path)):
             raise RequestError(f"{self.what}: got {type(source).__name__}, expected a folder or a hub id")
-        checkpoint = Checkpoint.open(source, variant=variant, download=download)
+        folder = builtin_folder(str(source)) if str(source) in BUILTIN_CONTROLNETS else source
+        checkpoint = Checkpoint.open(folder, variant=variant, download=download)
         found = [part for part, kind in checkpoint.components.items() if kind == CLASS]
         if not found:
             kinds = ", ".join(checkpoint.components.values())

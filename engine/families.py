@@ -15,10 +15,13 @@ BUILTIN = {
     "shapes": "64 x 64 scenes of coloured shapes, e.g. 'a red circle above a blue square'",
     "shapes-x4": "upscaler of such scenes, 64 x 64 to 256 x 256",
 }
+BUILTIN_CONTROLNETS = {
+    "shapes-silhouette": "ControlNet of shapes: objects where a silhouette, white on black, has them",
+}
 
 
 def builtin_folder(name: str) -> Path:
-    """Where the checkpoint of a built-in model lies in the installed package."""
+    """Where the checkpoint of a built-in model or ControlNet lies in the installed package."""
     return Path(__file__).parent / "builtin" / name
 
 

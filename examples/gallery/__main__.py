@@ -15,7 +15,7 @@ from pathlib import Path
 from stepfuse import Engine
 from stepfuse.engine.errors import StepfuseError
 
-from . import editing, enlarging, prompting
+from . import controlling, editing, enlarging, prompting
 from .exhibit import Maker
 from .report import report
 
@@ -30,6 +30,7 @@ FEATURES: dict[str, Maker] = {
     "repaint": editing.repaint,
     "change_map": editing.change_map,
     "outpainting": editing.outpainting,
+    "controlnet": controlling.controlnet,
     "plain_upscaling": enlarging.plain_upscaling,
     "hires_fix": enlarging.hires_fix,
     "shapes_x4": enlarging.shapes_x4,
@@ -44,7 +45,7 @@ def make(names: Sequence[str], docs: Path = DOCS, prompts: int | None = None) ->
     """
     made: dict[str, dict] = {}
     skipped: list[str] = []
-    with Engine.load("shapes", device="cpu") as engine:
+    with Engine.load("shapes", device="cpu", controlnets=controlling.CONTROLNETS) as engine:
         for name in names:
             if name == "shapes_x4" and not _there(engine):
                 skipped.append(name)
