@@ -27,6 +27,8 @@ def snapshot(repo: str, variant: str | None, download: bool) -> Path:
             f"{repo} is neither a folder here nor in the local cache of huggingface_hub: check the path, or fetch it "
             "with --download (download=True)"
         ) from error
+    except CheckpointError:
+        raise
     except Exception as error:  # boundary: without a network it is an error of whichever HTTP library is used
         raise CheckpointError(f"{repo} could not be fetched: {error}") from error
 

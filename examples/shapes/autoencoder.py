@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from .latents import CELL, CHANNELS, GRID, encode_scenes
-from .progress import Progress, load_checkpoint, save_checkpoint
+from .progress import Progress, load_checkpoint, run, save_checkpoint
 from .render import render
 from .scenes import SIZE, Scene, sample_pair, sample_single
 
@@ -97,46 +98,55 @@ def train(
     seed: int = 0,
 ) -> None:
     """Train the decoder or the encoder, or go on with it; the result is `work/vae` in diffusers format."""
-    vae = build_autoencoder(seed).to(device)
+    vae, progress = build_autoencoder(seed).to(device), Progress(stage, minutes=minutes, steps=steps)
+    fit(vae, work, stage, progress, lr, lambda: _loss(vae, stage, progress, batch, seed), lambda: psnr(vae, stage))
+
+
+def fit(
+    vae: AutoencoderKL,
+    work: Path,
+    stage: str,
+    progress: Progress,
+    lr: float,
+    loss: Callable[[], Tensor],
+    validate: Callable[[], float],
+) -> None:
+    """Train one part of an autoencoder from its last checkpoint in `work`, beside the other part's; lr: peak.
+
+    loss: of the next step's examples; validate: in dB, printed whenever `work/vae` is written.
+    """
     for name in STAGES:
         if state := load_checkpoint(work / f"{name}.pt"):
             part_of(vae, name).load_state_dict(state["weights"])
     part, path = part_of(vae, stage), work / f"{stage}.pt"
     optimizer = torch.optim.AdamW(part.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
-    progress = Progress(stage, minutes=minutes, steps=steps)
     if state := load_checkpoint(path):
         optimizer.load_state_dict(state["optimizer"])
         progress.restore(state["progress"])
-    saved = progress.seconds
-    while not progress.done:
+
+    def step() -> Tensor:
         for group in optimizer.param_groups:
             group["lr"] = progress.cosine(lr)
-        loss = _loss(vae, stage, progress, batch, seed)
-        loss.backward()
+        found = loss()
+        found.backward()
         torch.nn.utils.clip_grad_norm_(part.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        progress.advance(loss)
-        if progress.seconds - saved > 60:
-            saved = progress.seconds
-            _save(vae, path, stage, optimizer, progress, work)
-    _save(vae, path, stage, optimizer, progress, work)
+        return found
+
+    def save() -> None:
+        state = {"weights": part.state_dict(), "optimizer": optimizer.state_dict(), "progress": progress.state()}
+        save_checkpoint(path, state)
+        vae.save_pretrained(work / "vae")
+        print(f"{stage}: {validate():.2f} dB", flush=True)
+
+    run(progress, step, save)
 
 
 def part_of(vae: AutoencoderKL, stage: str) -> torch.nn.ModuleList:
     if stage == "decoder":
         return torch.nn.ModuleList([vae.post_quant_conv, vae.decoder])
     return torch.nn.ModuleList([vae.encoder, vae.quant_conv])
-
-
-def _save(
-    vae: AutoencoderKL, path: Path, stage: str, optimizer: torch.optim.Optimizer, progress: Progress, work: Path
-) -> None:
-    weights = part_of(vae, stage).state_dict()
-    save_checkpoint(path, {"weights": weights, "optimizer": optimizer.state_dict(), "progress": progress.state()})
-    vae.save_pretrained(work / "vae")
-    print(f"{stage}: {psnr(vae, stage):.2f} dB", flush=True)
-    progress.pause()
 
 
 def _loss(vae: AutoencoderKL, stage: str, progress: Progress, batch: int, seed: int) -> Tensor:

@@ -23,8 +23,8 @@ from transformers import CLIPTextModel
 from .denoiser import DROP, EMA_DECAY, NEAR, SAVE_SECONDS, SCHEDULER, object_weight
 from .latents import encode_scenes
 from .package import SHIPPED as SHAPES
-from .package import forget_origin
-from .progress import Progress, load_checkpoint, save_checkpoint
+from .package import ship
+from .progress import Progress, load_checkpoint, run, save_checkpoint
 from .scenes import Combination, caption, load_heldout
 from .silhouettes import sample_free_scene, silhouette
 from .text_encoder import Words
@@ -124,19 +124,19 @@ def train(work: Path, *, minutes: float, steps: int | None, batch: int, lr: floa
     if state := load_checkpoint(path):
         trainer.restore(state["trainer"])
         progress.restore(state["progress"])
-    saved = progress.seconds
-    while not progress.done:
+
+    def step() -> Tensor:
         rng = random.Random(f"controlnet {seed} {progress.step}")
         torch.manual_seed(seed * 1_000_003 + progress.step)
         latents, objects, pictures, captions = sample_batch(rng, batch, heldout)
         loss = trainer.loss(latents, objects, pictures, words(captions), object_weight(progress.fraction))
         trainer.step(loss, progress)
-        progress.advance(loss)
-        if progress.seconds - saved > SAVE_SECONDS:
-            saved = progress.seconds
-            save_checkpoint(path, {"trainer": trainer.state(), "progress": progress.state()})
-            progress.pause()
-    save_checkpoint(path, {"trainer": trainer.state(), "progress": progress.state()})
+        return loss
+
+    def save() -> None:
+        save_checkpoint(path, {"trainer": trainer.state(), "progress": progress.state()})
+
+    run(progress, step, save, SAVE_SECONDS)
     return path
 
 
@@ -155,15 +155,7 @@ def package(checkpoint: Path, target: Path = SHIPPED) -> int:
     fresh = target.with_name(target.name + ".fresh")
     shutil.rmtree(fresh, ignore_errors=True)
     net.half().save_pretrained(fresh)
-    forget_origin(fresh / "config.json")
-    for path in fresh.iterdir():
-        path.chmod(0o644)
-    size = sum(path.stat().st_size for path in fresh.iterdir())
-    if size > FILE_LIMIT:
-        raise RuntimeError(f"got {size} bytes, more than {FILE_LIMIT}; shrink the ControlNet")
-    shutil.rmtree(target, ignore_errors=True)
-    fresh.rename(target)
-    return size
+    return ship(fresh, target, FILE_LIMIT)
 
 
 def main() -> None:

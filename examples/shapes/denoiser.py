@@ -18,7 +18,7 @@ from transformers import CLIPTextModel
 
 from . import text_encoder
 from .latents import CHANNELS, encode_scenes
-from .progress import Progress, load_checkpoint, save_checkpoint
+from .progress import Progress, load_checkpoint, run, save_checkpoint
 from .scenes import Combination, caption, load_heldout, sample_pair, sample_single
 from .text_encoder import WIDTH, Words
 from .tokenizer import build_tokenizer
@@ -171,21 +171,20 @@ def train(
     if state := load_checkpoint(path):
         trainer.restore(state["trainer"])
         progress.restore(state["progress"])
-    saved = progress.seconds
-    while not progress.done:
+
+    def step() -> Tensor:
         rng = random.Random(f"denoiser {seed} {progress.step}")
         torch.manual_seed(seed * 1_000_003 + progress.step)
         latents, objects, captions = sample_batch(rng, batch, pair_share(progress.fraction), heldout)
         loss = trainer.loss(latents, objects, captions, object_weight(progress.fraction))
         trainer.step(loss, progress)
-        progress.advance(loss)
-        if progress.seconds - saved > SAVE_SECONDS:
-            saved = progress.seconds
-            save_checkpoint(path, {"trainer": trainer.state(), "progress": progress.state()})
-            trainer.export(work)
-            progress.pause()
-    save_checkpoint(path, {"trainer": trainer.state(), "progress": progress.state()})
-    trainer.export(work)
+        return loss
+
+    def save() -> None:
+        save_checkpoint(path, {"trainer": trainer.state(), "progress": progress.state()})
+        trainer.export(work)
+
+    run(progress, step, save, SAVE_SECONDS)
 
 
 def main() -> None:

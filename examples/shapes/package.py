@@ -50,12 +50,17 @@ def package(work: Path, target: Path) -> int:
     shutil.rmtree(fresh / "tokenizer")
     build_tokenizer(fresh / "tokenizer")
     (fresh / "stepfuse.json").write_text(json.dumps(DEFAULTS, indent=2) + "\n")
+    return ship(fresh, target, FOLDER_LIMIT)
+
+
+def ship(fresh: Path, target: Path, limit: int) -> int:
+    """Put a complete folder in the place of `target`; returns its bytes. RuntimeError where it outgrows its limits."""
     for path in fresh.rglob("*.json"):
         forget_origin(path)
     for path in fresh.rglob("*.safetensors"):
         path.chmod(0o644)
     sizes = {path: path.stat().st_size for path in fresh.rglob("*") if path.is_file()}
-    if max(sizes.values()) > FILE_LIMIT or sum(sizes.values()) > FOLDER_LIMIT:
+    if max(sizes.values()) > FILE_LIMIT or sum(sizes.values()) > limit:
         raise RuntimeError(f"got {sum(sizes.values())} bytes, the largest file {max(sizes.values())}; shrink the model")
     shutil.rmtree(target, ignore_errors=True)
     fresh.rename(target)

@@ -18,7 +18,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditi
 from torch import Tensor, nn
 
 from .denoiser import SCHEDULER as BASE_SCHEDULER
-from .progress import Progress, load_checkpoint, save_checkpoint
+from .progress import Progress, load_checkpoint, run, save_checkpoint
 from .render import render, render_window
 from .scenes import SIZE, load_heldout
 from .upscaler_latents import CHANNELS, encode_images, importance, outlines
@@ -189,24 +189,23 @@ def train(
     if state := load_checkpoint(path):
         trainer.restore(state["trainer"])
         progress.restore(state["progress"])
-    saved = progress.seconds
-    progress.pause()
-    while not progress.done:
+
+    def step() -> Tensor:
         rng = random.Random(f"upscaler {seed} {progress.step}")
         torch.manual_seed(seed * 1_000_003 + progress.step)
         loss = trainer.loss(*examples.sample(rng, choose_side(rng, progress.fraction)))
         trainer.step(loss, progress)
-        progress.advance(loss)
-        if progress.seconds - saved > SAVE_SECONDS or progress.done:
-            saved = progress.seconds
-            save_checkpoint(path, {"trainer": trainer.state(), "progress": progress.state()})
-            unet = trainer.averaged()
-            unet.save_pretrained(work / "unet")
-            if (work / "vae").exists():
-                print(
-                    f"upscaler: {psnr(unet, AutoencoderKL.from_pretrained(work / 'vae').to(device)):.2f} dB", flush=True
-                )
-            progress.pause()
+        return loss
+
+    def save() -> None:
+        save_checkpoint(path, {"trainer": trainer.state(), "progress": progress.state()})
+        unet = trainer.averaged()
+        unet.save_pretrained(work / "unet")
+        if (work / "vae").exists():
+            vae = AutoencoderKL.from_pretrained(work / "vae").to(device)
+            print(f"upscaler: {psnr(unet, vae):.2f} dB", flush=True)
+
+    run(progress, step, save, SAVE_SECONDS)
 
 
 def main() -> None:

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from .autoencoder import STAGES, part_of
-from .progress import Progress, load_checkpoint, save_checkpoint
+from .autoencoder import STAGES, fit
+from .progress import Progress
 from .render import render_window
 from .scenes import SIZE, load_heldout
 from .upscaler_latents import CHANNELS, encode_images, outlines
@@ -38,7 +38,6 @@ CONFIG = {
 }
 NOISE = 0.1
 OUTLINE_WEIGHT = 6.0
-SAVE_SECONDS = 120.0
 
 
 def build_autoencoder(seed: int = 0) -> AutoencoderKL:
@@ -69,35 +68,9 @@ def train(
     seed: int = 0,
 ) -> None:
     """Train the decoder or the encoder, or go on with it; the result is `work/vae` in diffusers format."""
-    vae = build_autoencoder(seed).to(device)
-    for name in STAGES:
-        if state := load_checkpoint(work / f"{name}.pt"):
-            part_of(vae, name).load_state_dict(state["weights"])
-    part, path = part_of(vae, stage), work / f"{stage}.pt"
-    optimizer = torch.optim.AdamW(part.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
-    progress = Progress(stage, minutes=minutes, steps=steps)
-    if state := load_checkpoint(path):
-        optimizer.load_state_dict(state["optimizer"])
-        progress.restore(state["progress"])
+    vae, progress = build_autoencoder(seed).to(device), Progress(stage, minutes=minutes, steps=steps)
     examples = Examples(load_heldout(), stock=0)
-    saved = progress.seconds
-    progress.pause()
-    while not progress.done:
-        for group in optimizer.param_groups:
-            group["lr"] = progress.cosine(lr)
-        loss = _loss(vae, stage, examples, progress, seed)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(part.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        progress.advance(loss)
-        if progress.seconds - saved > SAVE_SECONDS or progress.done:
-            saved = progress.seconds
-            state = {"weights": part.state_dict(), "optimizer": optimizer.state_dict(), "progress": progress.state()}
-            save_checkpoint(path, state)
-            vae.save_pretrained(work / "vae")
-            print(f"{stage}: {psnr(vae, stage):.2f} dB", flush=True)
-            progress.pause()
+    fit(vae, work, stage, progress, lr, lambda: _loss(vae, stage, examples, progress, seed), lambda: psnr(vae, stage))
 
 
 def _loss(vae: AutoencoderKL, stage: str, examples: Examples, progress: Progress, seed: int) -> Tensor:

@@ -12,7 +12,7 @@ import diffusers
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditionModel
 
-from .package import forget_origin
+from .package import ship
 from .scenes import SIZE
 from .upscaler import LOW_RES_SCHEDULER, MAX_LEVEL, SCHEDULER
 from .upscaler_scenes import BUILTIN, SCALE
@@ -57,16 +57,7 @@ def package(work: Path, target: Path) -> int:
     DDPMScheduler(**LOW_RES_SCHEDULER).save_pretrained(fresh / "low_res_scheduler")
     (fresh / "model_index.json").write_text(json.dumps(INDEX, indent=2) + "\n")
     (fresh / "stepfuse.json").write_text(json.dumps(DEFAULTS, indent=2) + "\n")
-    for path in fresh.rglob("*.json"):
-        forget_origin(path)
-    for path in fresh.rglob("*.safetensors"):
-        path.chmod(0o644)
-    size = sum(path.stat().st_size for path in fresh.rglob("*") if path.is_file())
-    if size > FOLDER_LIMIT:
-        raise RuntimeError(f"got {size} bytes, expected at most {FOLDER_LIMIT}; shrink the model")
-    shutil.rmtree(target, ignore_errors=True)
-    fresh.rename(target)
-    return size
+    return ship(fresh, target, FOLDER_LIMIT)
 
 
 @torch.no_grad()
