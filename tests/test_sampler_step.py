@@ -103,7 +103,7 @@ def test_finished_rows_rest() -> None:
 
 
 def test_equals_the_formulas_of_the_table() -> None:
-    """Every column, in float64, against the formulas written out with numpy, on a random table."""
+    """Every column, in float64, against the formulas written out with numpy, on a random table; some rows limited."""
     generator = np.random.default_rng(3)
     rows, lines, shape = 3, 4, (2, 3, 5)
     table = generator.normal(size=(rows, lines, len(Column)))
@@ -115,10 +115,11 @@ def test_equals_the_formulas_of_the_table() -> None:
     history, output = generator.normal(size=(rows, 3, *shape)), generator.normal(size=(rows, 2, 4, 3, 5))
     mask, known = generator.uniform(size=(rows, 1, 3, 5)), generator.normal(size=(rows, 2, *shape))
     weights, noise = generator.normal(size=(rows, 2)), generator.normal(size=(rows, 2, *shape))
+    limit = np.array([1.1, 0.0, -0.3])
     for at in range(lines - 1):
         tensors = [torch.from_numpy(a) for a in (x, base, history, output, table)]
         position = torch.full((rows,), at)
-        options = {"mask": torch.from_numpy(mask), "known": torch.from_numpy(known)}
+        options = {n: torch.from_numpy(a) for n, a in (("mask", mask), ("known", known), ("limit", limit))}
         seeds = torch.zeros(rows, dtype=torch.int64)
         results = sampler_step(*tensors, position, torch.from_numpy(weights), seeds, torch.from_numpy(noise), **options)
         for r in range(rows):
@@ -126,6 +127,8 @@ def test_equals_the_formulas_of_the_table() -> None:
             guided = weights[r, 0] * output[r, 0, :2] + weights[r, 1] * output[r, 1, :2]
             raw = c[Column.P] * x[r] + c[Column.Q] * guided
             D = np.clip(raw, -c[Column.CLAMP], c[Column.CLAMP])
+            if limit[r] > 0:
+                D = np.clip(raw, -limit[r], limit[r]) / limit[r]
             scale = np.exp(c[Column.V_LOG] * output[r, 0, 2:])
             H, xi, before = history[r], noise[r, 0], noise[r, 1]
             x_new = c[Column.A] * x[r] + c[Column.B] * D + c[Column.B_RAW] * raw + c[Column.G] * base[r]

@@ -23,6 +23,7 @@ RTOL = 1e-6
 EVERYTHING: dict[str, Any] = {
     "masked": True,
     "learned": True,
+    "limited": True,
     "kept": (2, 1, 1, 2),
     "first": 1000,
     "shape": (4, 13, 11),
@@ -53,6 +54,9 @@ CASES = {
     "model rows, float32": {"kept": (1, 1, 2, 2), "shape": (3, 5, 7)},
     "model rows, bfloat16": {"kept": (2, 2, 1, 2), "output": torch.bfloat16, "shape": (4, 11, 13)},
     "model rows, interleaved": {"kept": (1, 2, 1, 1), "interleaved": ("model_output",), "output": torch.float16},
+    "dynamic threshold": {"limited": True},
+    "dynamic threshold, several blocks": {"limited": True, "shape": (3, 17, 19), "branches": 1, "draws": 0},
+    "dynamic threshold, model rows": {"limited": True, "kept": (2, 1, 2, 1), "output": torch.float16, "first": 40},
     "everything, float16": {**EVERYTHING, "output": torch.float16},
     "everything, bfloat16": {**EVERYTHING, "output": torch.bfloat16, "shape": (16, 5, 4)},
     "everything, float32, three branches": {**EVERYTHING, "branches": 3, "kept": (3, 1, 2, 3)},
@@ -69,6 +73,7 @@ def arguments(
     interleaved: tuple[str, ...] = (),
     masked: bool = False,
     learned: bool = False,
+    limited: bool = False,
     kept: tuple[int, ...] = (),
     first: int = 0,
     **options: int,
@@ -105,6 +110,8 @@ def arguments(
     if learned:
         table[..., Column.V_LOG] *= torch.arange(rows).reshape(-1, 1) % 2  # the others take roots
         made["model_output"][:, :, shape[0] :] = made["model_output"][:, :, shape[0] :].abs()
+    if limited:
+        made["limit"] = torch.tensor([1.3, 0.0, 0.7, -1.0, math.nan, 2.1])[torch.arange(rows) % 6]
     if first:
         made["first_line"] = first + torch.arange(rows)
         made["update"] = made["update"] + made["first_line"]
@@ -143,11 +150,24 @@ def test_equals_the_reference(case: dict[str, Any]) -> None:
         assert torch.equal(call[name], copy), f"{name} was changed"
 
 
+@pytest.mark.parametrize("limited", [True, False])
 @pytest.mark.parametrize("masked", [True, False])
 @pytest.mark.parametrize("extra", [True, False])
-def test_without_drawn_noise_the_bits_are_those_of_the_reference(extra: bool, masked: bool) -> None:
-    for found, expected in both(arguments(extra=extra, draws=2 if extra else 0, shape=(4, 9, 9), masked=masked)):
+def test_without_drawn_noise_the_bits_are_those_of_the_reference(extra: bool, masked: bool, limited: bool) -> None:
+    call = arguments(extra=extra, draws=2 if extra else 0, shape=(4, 9, 9), masked=masked, limited=limited)
+    for found, expected in both(call):
         assert torch.equal(found, expected)
+
+
+def test_rows_without_a_limit_have_the_bits_of_a_call_without() -> None:
+    call = arguments(rows=6, draws=2, shape=(3, 9, 7), limited=True)
+    call["update"] = torch.zeros(6, dtype=torch.int64)
+    call["table"][..., [Column.P, Column.B]] = 1.0
+    with policy({"sampler_step": "triton"}):
+        limited, plain = sampler_step(**call), sampler_step(**{**call, "limit": None})
+    for a, b in zip(limited, plain, strict=True):
+        assert torch.equal(a[[1, 3, 4]], b[[1, 3, 4]])
+    assert not any(torch.equal(limited[0][row], plain[0][row]) for row in (0, 2, 5))
 
 
 def test_what_no_line_asks_for_changes_no_bits() -> None:
@@ -253,10 +273,10 @@ def test_rows_do_not_depend_on_each_other() -> None:
 
 
 def test_other_layouts_are_copied_and_give_the_same() -> None:
-    call = arguments(draws=0, masked=True, first=3, kept=(2, 2, 1, 2))
+    call = arguments(draws=0, masked=True, first=3, kept=(2, 2, 1, 2), limited=True)
     expected = [reference for _, reference in both(call)]
     names = ("x", "base", "history", "model_output", "table", "weights", "update", "seeds", "mask", "known")
-    for name in (*names, "first_line", "model_rows"):
+    for name in (*names, "first_line", "model_rows", "limit"):
         value = call[name]
         wide = torch.full((*value.shape[:-1], 2 * value.shape[-1]), 7, dtype=value.dtype)
         wide[..., ::2] = value
@@ -274,9 +294,10 @@ def test_float64_is_refused_with_the_reason() -> None:
         sampler_step(**call)
 
 
-def test_float16_known_image_is_refused_with_the_reason() -> None:
+def test_float16_known_images_and_limits_are_refused_with_the_reason() -> None:
     call = arguments(masked=True)
-    for name in ("mask", "known"):
+    call["limit"] = torch.ones(4)
+    for name in ("mask", "known", "limit"):
         with (
             pytest.raises(UnsupportedCallError, match=rf"{name} is torch\.float16"),
             policy({"sampler_step": "triton"}),

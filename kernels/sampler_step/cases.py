@@ -31,6 +31,7 @@ _EVERYTHING = {
     "known": (2, 2, 4, 9, 4),
     "update": Spec((2,), torch.int64, 7, 10),
     "first_line": Spec((2,), torch.int64, 5, 8),
+    "limit": (2,),
 }
 
 CASES = (
@@ -42,5 +43,6 @@ CASES = (
     Case("known image", _rows(3, 2, (4, 5, 7), 2, mask=(3, 1, 5, 7), known=(3, 2, 4, 5, 7))),
     Case("learned variance", _rows(3, 2, (3, 5, 3), 2, model_output=(3, 2, 6, 5, 3))),
     Case("window of a long table", _rows(3, 1, (4, 3, 5), 3, update=Spec((3,), torch.int64, 40, 46), first_line=_FROM)),
+    Case("dynamic threshold", _rows(4, 2, (3, 5, 7), 2, limit=(4,))),
     Case("everything", _rows(2, 3, (4, 9, 4), 4, **_EVERYTHING)),
 )

@@ -21,7 +21,8 @@ class Column(IntEnum):
 
     s(v) is the factor by which a learned variance v, of every element, changes the noise: exp(V_LOG v) if V_LOG, else
     V_ROOT sqrt(v) if V_ROOT, else 1. m is the mask, 1 where the image is new and 0 where it is known; where THRESHOLD
-    is positive the mask holds strengths instead, and m is 1 where mask >= THRESHOLD, else 0.
+    is positive the mask holds strengths instead, and m is 1 where mask >= THRESHOLD, else 0. A row with a limit s > 0
+    has D = clamp(D_raw, -s, s) / s.
     """
 
     LIVE = 0

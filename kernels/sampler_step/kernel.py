@@ -4,8 +4,9 @@ Fused: guidance sum over the branches, denoised estimate and clamp, the linear u
 push, Philox noise and its learned variance, the blend with a known image, the scaled network input for every model row
 in the network's dtype, and the check for NaN. Bytes moved per element: model output 2J or 4J read, x 4, base 4 and
 history 8 to 12 read, 24 written: 44 to 60. With model rows the input is 2J instead of 4 of the bytes written; the blend
-reads 8 more and the mask once per pixel and channel, a learned variance 2 or 4 more. FLOPs about 60, and 250 integer
-operations per drawn noise of four elements. Bound: the launch below about 10^6 elements, memory above.
+reads 8 more and the mask once per pixel and channel, a learned variance 2 or 4 more; limits 4 per row. FLOPs about
+60, and 250 integer operations per drawn noise of four elements. Bound: the launch below about 10^6 elements, memory
+above.
 
 A term whose coefficient is zero is not read. Every tensor of a row may be planar (C, H, W) or interleaved (H, W, C);
 the noise counts elements in the order C, H, W whichever it is.
@@ -101,6 +102,15 @@ def line_of(table, row, at, lines):
 
 
 @triton.jit
+def share(D, limit):
+    """D / limit, and D where the limit is not positive."""
+    made = D
+    if limit > 0.0:
+        made = tl.div_rn(D, limit)
+    return made
+
+
+@triton.jit
 def branch_at(model_rows, row, j, size, BRANCHES: tl.constexpr, MAPPED: tl.constexpr):
     """Offset of branch j, a model row of `size` elements: from the first of all, or unmapped from the row's first."""
     return tl.load(model_rows + row * BRANCHES + j) * size if MAPPED else j * size
@@ -131,17 +141,18 @@ def blend(line, x, mask, image, noise, e, elements):
 @triton.jit
 def sampler_step_kernel(
     x, base, history, model_output, table, update, weights, seeds, extra_noise, mask, known, model_rows, first_line,
-    x_out, base_out, history_out, input_out, nonfinite,
+    limits, x_out, base_out, history_out, input_out, nonfinite,
     elements, pixels, lines, noise_stream,
     BRANCHES: tl.constexpr, DRAWS: tl.constexpr, EXTRA: tl.constexpr,
-    MASKED: tl.constexpr, LEARNED: tl.constexpr, MAPPED: tl.constexpr, WINDOW: tl.constexpr,
+    MASKED: tl.constexpr, LEARNED: tl.constexpr, MAPPED: tl.constexpr, WINDOW: tl.constexpr, LIMITED: tl.constexpr,
     X: tl.constexpr, BASE: tl.constexpr, HIST: tl.constexpr, MODEL: tl.constexpr, NOISE: tl.constexpr,
     INPUT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Program (i, r): block i of row r.
 
-    X, BASE, HIST, MODEL, NOISE, INPUT: channels of interleaved tensors, 0 if planar. What MASKED, LEARNED, MAPPED and
-    WINDOW say is absent (mask and known, the second half of the model output, model_rows, first_line) is not touched.
+    X, BASE, HIST, MODEL, NOISE, INPUT: channels of interleaved tensors, 0 if planar. What MASKED, LEARNED, MAPPED,
+    WINDOW and LIMITED say is absent (mask and known, the second half of the model output, model_rows, first_line,
+    limits) is not touched.
     """
     row = tl.program_id(1).to(tl.int64)
     first = tl.program_id(0) * BLOCK
@@ -166,8 +177,13 @@ def sampler_step_kernel(
     x0 = tl.load(state, mask=inside, other=0.0)
     raw = term(tl.load(line + P).to(tl.float32), x0) + term(q, F)
     clamp = tl.load(line + CLAMP).to(tl.float32)
+    limit = tl.load(limits + row) if LIMITED else 0.0
+    if LIMITED:
+        clamp = tl.where(limit > 0.0, limit, clamp)
     D = tl.maximum(raw, -clamp, propagate_nan=tl.PropagateNan.ALL)
     D = tl.minimum(D, clamp, propagate_nan=tl.PropagateNan.ALL)
+    if LIMITED:
+        D = share(D, limit)
 
     keep_base = (tl.load(line + KEEP_BASE) != 0.0) | (live == 0)
     push = (tl.load(line + PUSH) != 0.0) & live
@@ -246,6 +262,7 @@ def sampler_step(
     known: Tensor | None = None,
     model_rows: Tensor | None = None,
     first_line: Tensor | None = None,
+    limit: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Launch with the configuration of the shape; arguments as the reference."""
     channels = check(x, model_output, mask, known)
@@ -262,12 +279,14 @@ def sampler_step(
     config: Config = launch_config("sampler_step", heuristic, rows, elements)
     optional = (x if mask is None else mask, x if known is None else known)
     optional += (update if model_rows is None else model_rows, update if first_line is None else first_line)
+    optional += (x if limit is None else limit,)
     flags = {
         "EXTRA": extra_noise is not None,
         "MASKED": mask is not None,
         "LEARNED": model_output.shape[-3] > channels,
         "MAPPED": model_rows is not None,
         "WINDOW": first_line is not None,
+        "LIMITED": limit is not None,
     }
     in_input = in_x if model_rows is None else in_model
     layouts = {"X": in_x, "BASE": in_base, "HIST": in_history, "NOISE": in_noise, "INPUT": in_input}
@@ -302,8 +321,14 @@ def _constants(branches: int, draws: int, config: Config, flags: Mapping[str, bo
     return {"BRANCHES": branches, "DRAWS": draws, "BLOCK": config.block, **flags}
 
 
-FLAGS = ("EXTRA", "MASKED", "LEARNED", "MAPPED", "WINDOW")
-LABELS = {"MASKED": "known image", "LEARNED": "learned variance", "MAPPED": "model rows", "WINDOW": "window"}
+LABELS = {
+    "MASKED": "known image",
+    "LEARNED": "learned variance",
+    "MAPPED": "model rows",
+    "WINDOW": "window",
+    "LIMITED": "dynamic threshold",
+}
+FLAGS = ("EXTRA", *LABELS)
 
 
 def compilations() -> list[Compilation]:
@@ -326,6 +351,10 @@ def compilations() -> list[Compilation]:
         ("fp16", 1, 1, False, 64, ("LEARNED",)),
         ("bf16", 2, 2, True, 64, ("LEARNED", "MAPPED")),
         ("bf16", 2, 2, True, 64, ("MASKED", "LEARNED", "MAPPED", "WINDOW")),
+        ("fp32", 1, 1, False, 64, ("LIMITED",)),
+        ("bf16", 2, 0, True, 64, ("MAPPED", "WINDOW", "LIMITED")),
+        ("fp16", 2, 2, True, 64, ("MASKED", "MAPPED", "WINDOW", "LIMITED")),
+        ("bf16", 2, 2, True, 64, ("MASKED", "LEARNED", "MAPPED", "WINDOW", "LIMITED")),
     ):
         made.append(_compilation(dtype, branches, draws, interleaved, latent, flags))
     return made
@@ -336,7 +365,7 @@ def _compilation(
 ) -> Compilation:
     """One specialisation: planar state of 4 channels, output planar or interleaved."""
     state = ("x", "base", "history", "extra_noise", "mask", "known", "x_out", "base_out", "history_out")
-    floats = dict.fromkeys((*state, "table", "weights"), "*fp32")
+    floats = dict.fromkeys((*state, "table", "weights", "limits"), "*fp32")
     sizes = dict.fromkeys(("elements", "pixels", "lines", "noise_stream"), "i32")
     indices = dict.fromkeys(("update", "seeds", "model_rows", "first_line"), "*i64") | {"nonfinite": "*i1"}
     mapped = "MAPPED" in flags

@@ -8,7 +8,7 @@ from .cases import CASES
 from .reference import sampler_step as reference
 
 _STATE = ("x", "base", "history", "extra_noise", "mask", "known")
-_ROWS = (*_STATE, "model_output", "table", "update", "weights", "seeds", "model_rows", "first_line")
+_ROWS = (*_STATE, "model_output", "table", "update", "weights", "seeds", "model_rows", "first_line", "limit")
 
 sampler_step = define(rows=_ROWS, cases=CASES)(reference)
 
@@ -19,7 +19,7 @@ if has_triton():
     def _unsupported(call: Call) -> str | None:
         if reason := needs_cuda(call):
             return reason
-        for name in _STATE:
+        for name in (*_STATE, "limit"):
             if name in call.tensors and call.tensors[name].dtype != torch.float32:
                 return f"the state is float32 in the kernel, {name} is {call.tensors[name].dtype}"
         return None

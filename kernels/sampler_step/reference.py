@@ -36,6 +36,7 @@ def sampler_step(
     known: Tensor | None = None,
     model_rows: Tensor | None = None,
     first_line: Tensor | None = None,
+    limit: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """One update of every row; formulas in `columns.Column`.
 
@@ -63,6 +64,8 @@ def sampler_step(
                   nobody names is left undefined: only padding may be such
     first_line    int64 [R]: `table` is a window of the row's plan, whose line 0 is this update's. A row needs its line
                   and the next; the noise still counts updates
+    limit         like x [R]: where positive, D is clamp(D_raw, -limit, limit) / limit and CLAMP is not read (dynamic
+                  thresholding, Saharia et al. 2022, section 2.3); at 0 and below the row uses CLAMP
 
     Returns (x, base, history, network input of the next update c_in x, nonfinite bool [R]), all new tensors. A row
     whose plan is over (a line of zeros, or an index outside the table) comes back unchanged, with c_in = 1. A term
@@ -79,26 +82,32 @@ def sampler_step(
     outputs = (model_output if model_rows is None else model_output[model_rows]).to(x.dtype)
     F = torch.zeros_like(x)
     for j, weight in enumerate(_columns(weights, x.dtype)):
-        F = F + _term(weight, outputs[:, j, :channels])
-    raw = _term(c[Column.P], x) + _term(c[Column.Q], F)
-    D = torch.minimum(torch.maximum(raw, -c[Column.CLAMP]), c[Column.CLAMP])
+        F = F + term(weight, outputs[:, j, :channels])
+    raw = term(c[Column.P], x) + term(c[Column.Q], F)
+    bound, divisor = c[Column.CLAMP], None
+    if limit is not None:
+        s = limit.to(x.dtype)[:, None, None, None]
+        bound, divisor = torch.where(s > 0, s, bound), torch.where(s > 0, s, 1.0)
+    D = torch.minimum(torch.maximum(raw, -bound), bound)
+    if divisor is not None:
+        D = D / divisor
 
     noise = _noise(x, seeds, update, extra_noise, noise_stream, draws)
     if outputs.shape[2] > channels and noise:
         noise = (_deviation(c, outputs[:, 0, channels:]) * noise[0], *noise[1:])
     past = history.unbind(1)
-    x_new = _term(c[Column.A], x) + _term(c[Column.B], D) + _term(c[Column.B_RAW], raw) + _term(c[Column.G], base)
-    base_new = _term(c[Column.A2], x) + _term(c[Column.B2], D) + _term(c[Column.G2], base)
+    x_new = term(c[Column.A], x) + term(c[Column.B], D) + term(c[Column.B_RAW], raw) + term(c[Column.G], base)
+    base_new = term(c[Column.A2], x) + term(c[Column.B2], D) + term(c[Column.G2], base)
     for k in range(HISTORY):
-        x_new = x_new + _term(c[Column(Column.C1 + k)], past[k])
-        base_new = base_new + _term(c[Column(Column.C21 + k)], past[k])
+        x_new = x_new + term(c[Column(Column.C1 + k)], past[k])
+        base_new = base_new + term(c[Column(Column.C21 + k)], past[k])
     for coefficient, xi in zip((Column.S, Column.SP), noise, strict=False):
-        x_new = x_new + _term(c[coefficient], xi)
+        x_new = x_new + term(c[coefficient], xi)
     for xi in noise[1:]:
-        base_new = base_new + _term(c[Column.SP2], xi)
+        base_new = base_new + term(c[Column.SP2], xi)
     if mask is not None and known is not None:
         x_new = _blend(c, x_new, mask, known)
-    entry = _term(c[Column.EX], x) + _term(c[Column.ED], D)
+    entry = term(c[Column.EX], x) + term(c[Column.ED], D)
 
     x_new = torch.where(keep, x, x_new)
     base_new = torch.where(keep | (c[Column.KEEP_BASE] != 0), base, base_new)
@@ -140,7 +149,7 @@ def _columns(values: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
     return values.to(dtype)[:, :, None, None, None].unbind(1)
 
 
-def _term(coefficient: Tensor, value: Tensor) -> Tensor:
+def term(coefficient: Tensor, value: Tensor) -> Tensor:
     """coefficient * value, and 0 where the coefficient is 0 whatever the value."""
     return torch.where(coefficient == 0, 0.0, coefficient * value)
 
@@ -154,10 +163,10 @@ def _deviation(c: dict[Column, Tensor], v: Tensor) -> Tensor:
 def _blend(c: dict[Column, Tensor], x: Tensor, mask: Tensor, known: Tensor) -> Tensor:
     """x where the mask is 1, the known image at the level of x where it is 0."""
     image, noise = known.to(x.dtype).unbind(1)
-    image = _term(c[Column.KNOWN], image) + _term(c[Column.KNOWN_NOISE], noise)
+    image = term(c[Column.KNOWN], image) + term(c[Column.KNOWN_NOISE], noise)
     m = torch.where(c[Column.THRESHOLD] > 0, (mask >= c[Column.THRESHOLD]).to(x.dtype), mask.to(x.dtype))
     keeps = (c[Column.KNOWN] == 0) & (c[Column.KNOWN_NOISE] == 0)
-    return torch.where(keeps, x, _term(m, x) + _term(1.0 - m, image))
+    return torch.where(keeps, x, term(m, x) + term(1.0 - m, image))
 
 
 def _scatter(rows: Tensor, model_rows: Tensor, like: Tensor) -> Tensor:
