@@ -61,8 +61,7 @@ def _fraction(engine: Engine, facts: Mapping[str, Any], roof: Mapping[str, Any] 
     from . import flops
 
     parts, settings = engine.components, facts["settings"]
-    guided = settings["guidance_scale"] > 1 and parts.family.text != "none" and not parts.denoiser.config.time_cond_dim
-    rows = facts["n"] * (2 if guided else 1)
+    rows = facts["n"] * (2 if settings["guidance_scale"] > 1 and parts.guided else 1)
     latent = settings["height"] // parts.scale, settings["width"] // parts.scale
     work = 1e-12 * flops.of_update(parts.denoiser.config, rows, *latent)
     rate = work / facts["t_update_s"]

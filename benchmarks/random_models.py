@@ -6,17 +6,21 @@ nothing, but every update costs what it costs with trained weights.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
+from torch import nn
 
 from ..engine.binding import Binder
 from ..engine.components import Components, control_binder
 from ..engine.conditioning.text import TextEncoder, load_tokenizer
 from ..engine.config import EngineConfig, ResolvedConfig, resolve
 from ..engine.families import FAMILIES, builtin_folder
+from ..engine.loras import RowLoRAs
 from ..engine.sampling.scheduler_config import SchedulerConfig
+from ..engine.weights.lora_file import LoRA, LowRank
 from .architectures import TEXT, architecture
 from .random_networks import autoencoder, controlnet, deploy, unet
 
@@ -68,6 +72,24 @@ def with_controlnet(parts: Components, name: str) -> Components:
     deploy(net, config.dtype)
     binders = {**parts.binders, control_binder(name): Binder(net, config)}
     return replace(parts, controlnets={**parts.controlnets, name: net}, binders=binders)
+
+
+def with_loras(parts: Components, ranks: Mapping[str, int]) -> Components:
+    """The same model with LoRAs of these names and ranks on all its attention layers, of random weights, that requests
+    choose from. The networks of `parts` get side paths, which change nothing for requests without LoRAs.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def update(layer: str, weight: torch.Tensor, rank: int) -> LowRank:
+        outputs, inputs = weight.shape
+        down, up = (torch.randn(shape, generator=generator) for shape in ((rank, inputs), (outputs, rank)))
+        return LowRank("unet", layer, (layer,), down * inputs**-0.5, up, None, rank**-0.5)
+
+    layers = {name: module.weight for name, module in parts.unet.named_modules()
+              if isinstance(module, nn.Linear) and ".attn" in name and not name.endswith("to_qkv")}  # fmt: skip
+    made = {name: LoRA(name, tuple(update(layer, weight, rank) for layer, weight in layers.items()))
+            for name, rank in ranks.items()}  # fmt: skip
+    return replace(parts, loras=RowLoRAs(made, {"unet": parts.unet}))
 
 
 def _encoder(width: int, two: bool, config: ResolvedConfig) -> TextEncoder:

@@ -42,10 +42,10 @@ def stepfuse(
 @app.command()
 def models() -> None:
     """List the built-in models and the kinds of checkpoint that can be loaded."""
-    from ..engine.families import BUILTIN, BUILTIN_CONTROLNETS, FAMILIES
+    from ..engine.families import BUILTIN, BUILTIN_CONTROLNETS, BUILTIN_EMBEDDINGS, BUILTIN_LORAS, FAMILIES
 
     terminal.out.print("built-in", style="bold")
-    for name, text in (BUILTIN | BUILTIN_CONTROLNETS).items():
+    for name, text in (BUILTIN | BUILTIN_CONTROLNETS | BUILTIN_LORAS | BUILTIN_EMBEDDINGS).items():
         terminal.out.print(f"  {name:<17} {text}")
     terminal.out.print("checkpoint folders (--model PATH or a cached hub id)", style="bold")
     for family in FAMILIES.values():

@@ -43,6 +43,7 @@ def generate(
     change_map: options.ChangeMap = None,
     strength: options.Strength = None,
     noise_level: options.NoiseLevel = None,
+    blur: options.Blur = None,
     outpaint: options.Outpaint = None,
     controlnet: options.ControlNets = None,
     control: options.Controls = None,
@@ -63,8 +64,8 @@ def generate(
 
     nets, (enlarge, network) = read_controlnets(controlnet), read_upscale(upscale)
     fields = {"negative_prompt": negative, "seed": seed, "steps": steps, "guidance_scale": guidance, "sampler": sampler,
-              "schedule": schedule, "n": n, "strength": strength, "noise_level": noise_level, "upscale": enlarge,
-              "controls": read_controls(control, list(nets)), **read_size(size),
+              "schedule": schedule, "n": n, "strength": strength, "noise_level": noise_level, "blur": blur,
+              "upscale": enlarge, "controls": read_controls(control, list(nets)), **read_size(size),
               **read_pictures(image, mask, change_map, outpaint)}  # fmt: skip
     requests = [build_request(text, fields) for text in read_prompts(prompt, prompts)]
     check_output(output)

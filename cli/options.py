@@ -35,6 +35,7 @@ Mask = Annotated[Path | None, typer.Option(help="White is painted anew.")]
 ChangeMap = Annotated[Path | None, typer.Option(help="Brightness is the strength of every pixel.")]
 Strength = Annotated[float | None, typer.Option(help="How much of the schedule is run on --image, up to 1.")]
 NoiseLevel = Annotated[int | None, typer.Option(help="Noise on the image that an upscaler enlarges.")]
+Blur = Annotated[float | None, typer.Option(help="Gaussian blur of that image before the noise, in its pixels.")]
 Outpaint = Annotated[
     str | None, typer.Option(metavar="L,R,T,B", help="Pixels to add to --image: left, right, top, bottom.")
 ]
@@ -48,11 +49,9 @@ Controls = Annotated[
 ]
 LoRAs = Annotated[
     list[str] | None,
-    typer.Option(metavar="PATH[:STRENGTH]", help="Merge a LoRA into the model. May be given several times."),
+    typer.Option(metavar="PATH[:STRENGTH]", help="Merge a LoRA: a file, or shapes-dome. May be repeated."),
 ]
-Embeddings = Annotated[
-    list[Path] | None, typer.Option(help="File of a learned word for prompts. May be given several times.")
-]
+Embeddings = Annotated[list[Path] | None, typer.Option(help="A learned word: a file, or shapes-sun. May be repeated.")]
 Cascade = Annotated[
     str | None, typer.Option(help="Stages to go through: hires-fix, shapes-x4 or a .yaml file (docs/cascades.md).")
 ]

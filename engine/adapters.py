@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .components import Components
 from .conditioning.textual_inversion import Embedding, TextualInversions, read_embeddings
 from .errors import RequestError
+from .families import builtin_file
 from .models.unet import UNet
 from .weights.lora import MergedLoRAs
 from .weights.lora_file import LoRA, read_lora
@@ -107,15 +108,21 @@ def require_weights(parts: Components) -> None:
 
 
 def read_loras(given: Sequence[Source | tuple[Source, float]]) -> list[tuple[LoRA, float]]:
-    """Read LoRA files with their strengths, 1 where none is given. Raises as `read_lora`, RequestError for no list."""
+    """Read LoRA files, or built-in ones by name, with their strengths, 1 where none is given.
+
+    Raises as `read_lora`, RequestError for no list.
+    """
     pairs = _pairs("loras", given, (int, float), "strength")
-    return [(read_lora(source), 1.0 if strength is None else strength) for source, strength in pairs]
+    return [(read_lora(builtin_file(source)), 1.0 if strength is None else strength) for source, strength in pairs]
 
 
 def read_words(given: Sequence[Source | tuple[Source, str]]) -> list[Embedding]:
-    """Read embedding files, the word to use in place of the file's own beside some. Raises as `read_embeddings`."""
+    """Read embedding files, or built-in ones by name; beside some the word to use in place of the file's own.
+
+    Raises as `read_embeddings`, RequestError for no list.
+    """
     pairs = _pairs("embeddings", given, (str,), "word")
-    return [one for source, word in pairs for one in read_embeddings(source, word)]
+    return [one for source, word in pairs for one in read_embeddings(builtin_file(source), word)]
 
 
 def _pairs(name: str, given: Any, kinds: tuple[type, ...], what: str) -> list[tuple[Source, Any]]:

@@ -13,8 +13,9 @@ from .components import Components
 from .memory import Budget, RowSize, activation_bytes
 from .models.controlled import Controlled, columns
 from .models.unet import UNet
-from .prompting import token_count
-from .runtimes.exported import Denoiser
+from .models.vae_tiling import TILE, in_tiles
+from .prompting import token_counts
+from .runtimes.exported import VAE, Denoiser
 from .runtimes.networks import DenoiserNetwork
 from .settling import Settled
 
@@ -37,12 +38,10 @@ class Admission:
         self.free -= count
 
     def fits(self, settled: Settled) -> None:
-        """Raise MemoryBudgetError for a request of which not even one row fits, RequestError for a size that an
-        exported denoiser does not have.
+        """Raise MemoryBudgetError for a request of which not even one row fits, RequestError for what the graphs of an
+        artefact do not run.
         """
-        net, scale = self._parts.denoiser, self._parts.scale
-        if isinstance(net, Denoiser):
-            net.require_size(settled.height // scale, settled.width // scale, scale)
+        _require_graphs(self._parts, settled)
         limit = min(self._own, self.free)
         if limit < math.inf:
             budget = Budget(max(int(limit), 0), headroom=0.0)
@@ -62,7 +61,7 @@ class Admission:
             width=width,
             updates=WINDOW + (updates if updates > WINDOW else 0),
             columns=len(Column),
-            tokens=token_count(parts, settled),
+            tokens=max(token_counts(parts, settled), default=0),
             prompt_columns=prompt,
             time_columns=time,
             image_columns=controls * widths[0],
@@ -70,6 +69,21 @@ class Admission:
             element=element,
             state=8 if parts.config.dtype == torch.float64 else 4,
         )
+
+
+def _require_graphs(parts: Components, settled: Settled) -> None:
+    """Raise RequestError where a graph would fail when its turn comes: sizes, prompts, a missing encoder."""
+    net, vae, scale = parts.denoiser, parts.vae, parts.scale
+    height, width = settled.height // scale, settled.width // scale
+    if isinstance(net, Denoiser):
+        net.require_size(height, width, scale)
+        net.require_tokens(token_counts(parts, settled))
+    if isinstance(vae, VAE):
+        tile = TILE if in_tiles(parts.config.vae_tiling, settled.height, settled.width) else None
+        if settled.pictures.images:
+            vae.require("vae_encoder", height, width, tile)
+        if settled.request.output != "latent":
+            vae.require("vae_decoder", height, width, tile)
 
 
 def _columns(net: DenoiserNetwork | Controlled) -> tuple[int, int]:
@@ -89,7 +103,7 @@ def _free(device: torch.device) -> int:
 
 
 def weight_bytes(parts: Components) -> int:
-    """Memory of all networks of a checkpoint."""
+    """Memory of all networks of a checkpoint; of an artefact's graphs the bytes of their files."""
     networks = [parts.denoiser, parts.vae, *parts.controlnets.values(), *(encoder.model for encoder in parts.text)]
     tensors = [t for net in networks if isinstance(net, nn.Module) for t in (*net.parameters(), *net.buffers())]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return parts.artifact_bytes + sum(tensor.numel() * tensor.element_size() for tensor in tensors)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -34,6 +34,7 @@ class Arrivals:
     of the network's output; prepared: n * branches model rows (row 0 branch 0, row 0 branch 1, row 1 ...).
     mask [n, 1, h, w] and known [n, 2, C, h, w], or neither: as of `sampler_step`, for a table that puts a known image
     back. concat: [n * branches, E, h, w], what the network takes beside the latents at every update; None: E is 0.
+    threshold: percentile and largest limit of a dynamic threshold (`sampling.limits`), or None.
     """
 
     x: Tensor
@@ -48,6 +49,7 @@ class Arrivals:
     mask: Tensor | None = None
     known: Tensor | None = None
     concat: Tensor | None = None
+    threshold: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -66,6 +68,7 @@ class State:
     first_line: Tensor  # int64 [R], the update the first line of the table belongs to
     weights: Tensor  # like x [R, J], 0 for branches a row does not have
     rescale: Tensor  # like x [R]
+    threshold: Tensor  # float64 [R, 2], percentile (0: none) and largest limit of dynamic thresholding
     seeds: Tensor  # int64 [R]
     bad: Tensor  # bool [R], NaN or Inf was seen
     mask: Tensor  # like x [R, 1, h, w]; nothing in the table of a row without one reads it
@@ -104,6 +107,7 @@ class State:
             first_line=torch.zeros(rows, **integers),
             weights=x.new_zeros(rows, width),
             rescale=x.new_zeros(rows),
+            threshold=torch.zeros(rows, 2, dtype=torch.float64, device=x.device),
             seeds=torch.zeros(rows, **integers),
             bad=torch.zeros(rows, dtype=torch.bool, device=x.device),
             mask=x.new_zeros(rows, 1, *shape[1:]),
@@ -145,8 +149,17 @@ class State:
         return sum(tensor.numel() * tensor.element_size() for tensor in (*own, *_tensors(self.prepared)))
 
 
-_OF_ROWS = ("x", "base", "history", "table", "update", "first_line", "weights", "rescale", "seeds", "bad", "mask",
-            "known", "model_rows")  # fmt: skip
+_OF_ROWS = ("x", "base", "history", "table", "update", "first_line", "weights", "rescale", "threshold", "seeds", "bad",
+            "mask", "known", "model_rows")  # fmt: skip
+
+
+class Needs(NamedTuple):
+    """What an update has to do for some of its rows: see `Batch`."""
+
+    draws: int
+    rescaled: bool
+    limited: bool
+    masked: bool
 
 
 @dataclass(eq=False)
@@ -159,9 +172,7 @@ class Seat:
     owner: Hashable
     places: list[int]
     updates: int
-    draws: int
-    rescaled: bool
-    masked: bool
+    needs: Needs
     table: Tensor | None = None
     time: Tensor | None = None
     done: int = 0
@@ -230,17 +241,27 @@ class Batch:
     @property
     def draws(self) -> int:
         """The most noises one update of any row needs (0: all rows are deterministic)."""
-        return max((seat.draws for seat in self.seats), default=0)
+        return max((seat.needs.draws for seat in self.seats), default=0)
 
     @property
     def rescaled(self) -> bool:
         """Whether any row has a guidance_rescale."""
-        return any(seat.rescaled for seat in self.seats)
+        return any(seat.needs.rescaled for seat in self.seats)
+
+    @property
+    def limited(self) -> bool:
+        """Whether any row has a dynamic threshold."""
+        return any(seat.needs.limited for seat in self.seats)
 
     @property
     def masked(self) -> bool:
         """Whether any row has a known image to put back."""
-        return any(seat.masked for seat in self.seats)
+        return any(seat.needs.masked for seat in self.seats)
+
+    @property
+    def needs(self) -> Needs:
+        """What an update of all rows has to do."""
+        return Needs(self.draws, self.rescaled, self.limited, self.masked)
 
     @property
     def bytes(self) -> int:
@@ -266,6 +287,8 @@ class Batch:
         for tensor in (state.history, state.update, state.weights, state.bad):
             tensor[rows] = 0
         state.rescale[rows] = new.rescale
+        for column, value in enumerate(new.threshold or (0.0, 0.0)):
+            state.threshold[rows, column] = value
         for branch, weight in enumerate(new.weights):
             state.weights[rows, branch] = weight
         if new.mask is not None and new.known is not None:
@@ -274,11 +297,12 @@ class Batch:
         for target, source in _pairs(state.prepared, new.prepared):
             target[start:model_rows] = source
         updates = len(new.table)
+        needs = Needs(new.draws, new.rescale > 0, new.threshold is not None, new.mask is not None)
         for i, owner in enumerate(owners):
             own = slice(i * branches, (i + 1) * branches)
             state.seeds[first + i] = new.seeds[i]
             places = list(range(start + own.start, start + own.stop))
-            seat = Seat(owner, places, updates, new.draws, new.rescale > 0, new.mask is not None)
+            seat = Seat(owner, places, updates, needs)
             self.seats.append(seat)
             self._fill(first + i, new.table, new.prepared.time[own])
             if updates > WINDOW:

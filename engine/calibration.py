@@ -1,4 +1,4 @@
-"""What an update costs on this machine, by size of the images and number of model rows; measured, kept, and used.
+"""What an update costs on this machine, by size, ControlNets and number of model rows; measured, kept, and used.
 
 Three decisions rest on it: how many model rows run together (the knee of the curve), whether they run in one forward of
 the network or in several, and what the scheduler takes for the price of an update. Without a measurement nothing is
@@ -37,6 +37,8 @@ SPLIT_GAIN = 0.02
 
 Size = tuple[int, int]
 """Height and width in pixels: the first two entries of a bucket."""
+Kind = tuple[Size, tuple[str, ...]]
+"""A size, and the names of the rows' ControlNets, which make updates longer."""
 Measure = Callable[[int, int], float]
 """(model rows, most model rows of one forward) -> seconds of one update; infinite where it does not fit."""
 
@@ -57,13 +59,21 @@ class Point:
 
 @dataclass(frozen=True)
 class Curve:
-    """All timings of a size. complete: the budget was enough for all planned numbers of rows."""
+    """All timings of a size, of rows with these ControlNets. complete: the budget was enough for all planned numbers of
+    rows.
+    """
 
     height: int
     width: int
     points: tuple[Point, ...]
     complete: bool
     measured: str
+    controls: tuple[str, ...] = ()
+
+    @property
+    def kind(self) -> Kind:
+        """What it holds for."""
+        return (self.height, self.width), self.controls
 
     @property
     def best(self) -> list[Point]:
@@ -98,7 +108,8 @@ class Curve:
     def explain(self) -> list[str]:
         """A line about the size, and one per number of model rows."""
         knee, missing = self.knee, "" if self.complete else ", stopped by its budget"
-        lines = [f"{self.width} x {self.height}: knee at {knee} model rows, measured {self.measured}{missing}"]
+        nets = f" with {', '.join(self.controls)}" if self.controls else ""
+        lines = [f"{self.width} x {self.height}{nets}: knee at {knee} model rows, measured {self.measured}{missing}"]
         for point in self.best:
             ms, n = 1e3 * point.seconds, point.model_rows
             text = f"  {n:>4} rows {ms:9.3f} ms {ms / n:9.3f} ms per row, {point.forwards} forwards"
@@ -114,6 +125,7 @@ def measure_curve(
     measure: Measure,
     *,
     budget_s: float,
+    controls: tuple[str, ...] = (),
     progress: Callable[[str], None] | None = None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Curve:
@@ -136,7 +148,7 @@ def measure_curve(
             progress(f"{size[1]} x {size[0]}: {n} model rows {1e3 * fastest.seconds:.3f} ms")
     if not points:
         raise torch.OutOfMemoryError(f"calibration: not even {min(rows)} model rows of {size[1]} x {size[0]} fit")
-    return Curve(*size, tuple(points), not left, time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()))
+    return Curve(*size, tuple(points), not left, time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()), controls)
 
 
 def seconds_of(run: Callable[[], None], device: torch.device, enough: float = 0.05) -> float:
@@ -157,7 +169,8 @@ def seconds_of(run: Callable[[], None], device: torch.device, enough: float = 0.
 
 
 class Calibration:
-    """The curves of one engine, by size; kept in a file where `folder` is given. Reading is safe from any thread.
+    """The curves of one engine, by kind; kept in a file where `folder` is given, but for those of ControlNets, whose
+    names another process may give to others. Reading is safe from any thread.
 
     key: what the curves hold for; another engine with the same key finds them.
     """
@@ -166,7 +179,7 @@ class Calibration:
         self.key, self.source = dict(key), "defaults"
         digest = hashlib.sha256(json.dumps(self.key, sort_keys=True).encode()).hexdigest()[:16]
         self.path = None if folder is None else folder / "calibration" / f"{digest}.json"
-        self.curves: dict[Size, Curve] = {}
+        self.curves: dict[Kind, Curve] = {}
         if self.path is not None and self.path.exists():
             self._read(self.path)
 
@@ -180,11 +193,11 @@ class Calibration:
 
     def add(self, curve: Curve) -> None:
         """Use a new curve, and keep it. A folder that cannot be written is a warning."""
-        self.curves = {**self.curves, (curve.height, curve.width): curve}  # another object: readers hold no lock
+        self.curves = {**self.curves, curve.kind: curve}  # another object: readers hold no lock
         self.source = "measured by this process"
         if self.path is None:
             return
-        content = {"key": self.key, "curves": [asdict(c) for c in self.curves.values()]}
+        content = {"key": self.key, "curves": [asdict(c) for c in self.curves.values() if not c.controls]}
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             partial = self.path.with_suffix(f".{os.getpid()}")
@@ -196,28 +209,31 @@ class Calibration:
     def cost(self, bucket: Hashable, model_rows: int) -> float:
         """Seconds of one update of a bucket (height, width, ...); the scheduler's cost model.
 
-        A size that was not measured is priced by the pixels of the nearest one that was; without any, as 1 second.
+        A size that was not measured is priced by the pixels of the nearest one that was, with the same ControlNets;
+        without any, as 1 second.
         """
-        curves, size = self.curves, _size(bucket)
-        if size in curves:
-            return curves[size].seconds(model_rows)
-        if not curves:
+        curves, kind = self.curves, _kind(bucket)
+        if kind in curves:
+            return curves[kind].seconds(model_rows)
+        (height, width), controls = kind
+        alike = [curve for curve in curves.values() if curve.controls == controls]
+        if not alike:
             return 1.0
-        pixels = size[0] * size[1]
-        near = min(curves.values(), key=lambda c: abs(math.log(pixels / (c.height * c.width))))
+        pixels = height * width
+        near = min(alike, key=lambda c: abs(math.log(pixels / (c.height * c.width))))
         return near.seconds(model_rows) * pixels / (near.height * near.width)
 
     def cap(self, bucket: Hashable) -> int | None:
         """The most model rows of one update of a bucket that are worth it; None where it was not measured.
 
-        ControlNets make updates longer, and only updates without them are measured.
+        LoRAs of rows make updates longer, and only updates without them are measured.
         """
-        curve = None if getattr(bucket, "controls", ()) else self.curves.get(_size(bucket))
+        curve = None if getattr(bucket, "loras", 0) else self.curves.get(_kind(bucket))
         return None if curve is None else curve.knee
 
-    def forward_rows(self, size: Size, model_rows: int) -> int:
+    def forward_rows(self, size: Size, model_rows: int, controls: tuple[str, ...] = ()) -> int:
         """The most model rows of one forward."""
-        curve = self.curves.get(size)
+        curve = self.curves.get((size, controls))
         return model_rows if curve is None else curve.forward_rows(model_rows)
 
     def explain(self) -> str:
@@ -236,7 +252,7 @@ class Calibration:
         except (OSError, ValueError, KeyError, TypeError) as error:
             logger.warning("calibration: %s is ignored (%s); delete it, or calibrate again", path, error)
             return
-        self.curves = {(curve.height, curve.width): curve for curve in curves}
+        self.curves = {curve.kind: curve for curve in curves}
         self.source = f"read from {path}"
 
 
@@ -277,6 +293,6 @@ def _curve(entry: Mapping[str, Any]) -> Curve:
     return Curve(int(entry["height"]), int(entry["width"]), points, bool(entry["complete"]), str(entry["measured"]))
 
 
-def _size(bucket: Hashable) -> Size:
+def _kind(bucket: Hashable) -> Kind:
     height, width, *_ = bucket  # type: ignore[misc]
-    return height, width
+    return (height, width), getattr(bucket, "controls", ())

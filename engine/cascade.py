@@ -14,8 +14,9 @@ Resize = Literal["lanczos", "bicubic", "bilinear", "nearest"]
 FILTERS: tuple[Resize, ...] = ("lanczos", "bicubic", "bilinear", "nearest")
 INPUTS = ("image", "latents")
 OWN_FIELDS = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2", "steps", "guidance_scale",
-              "guidance_rescale", "sampler", "schedule", "eta", "s_churn", "s_tmin", "s_tmax", "s_noise", "clip_skip",
-              "strength", "noise_level", "denoising_start", "denoising_end", "width", "height", "upscale")  # fmt: skip
+              "guidance_rescale", "dynamic_threshold", "sampler", "schedule", "eta", "s_churn", "s_tmin", "s_tmax",
+              "s_noise", "clip_skip", "strength", "noise_level", "blur", "denoising_start", "denoising_end", "width",
+              "height", "upscale", "loras")  # fmt: skip
 """Fields of Request that a stage may set for itself."""
 
 
@@ -159,15 +160,15 @@ class Cascade:
             names = (*names, *SAMPLING)
         taken = {name: getattr(request, name) for name in names}
         if index and model == first:
-            taken |= {name: getattr(request, name) for name in EMBEDDINGS}
+            taken |= {name: getattr(request, name) for name in (*EMBEDDINGS, "loras")}
         taken["upscale"] = request.upscale if index == len(self.stages) - 1 else None
         return taken | dict(stage.request) | {"model": model}
 
 
 SHARED = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2", "n", "class_labels", "output", "metadata",
           "deadline", "client")  # fmt: skip
-SAMPLING = ("steps", "guidance_scale", "guidance_rescale", "sampler", "schedule", "eta", "s_churn", "s_tmin", "s_tmax",
-            "s_noise", "clip_skip", "sigmas")  # fmt: skip
+SAMPLING = ("steps", "guidance_scale", "guidance_rescale", "dynamic_threshold", "sampler", "schedule", "eta", "s_churn",
+            "s_tmin", "s_tmax", "s_noise", "clip_skip", "sigmas")  # fmt: skip
 EMBEDDINGS = ("prompt_embeds", "negative_prompt_embeds", "pooled_prompt_embeds", "negative_pooled_prompt_embeds")
 
 BUILTIN = {

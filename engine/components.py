@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,6 +20,8 @@ from .config import EngineConfig, ResolvedConfig, resolve
 from .controls import ControlNetFile
 from .errors import CheckpointError, RequestError
 from .families import BUILTIN, Family, builtin_folder, family_of
+from .loras import RowLoRAs, read_row_loras
+from .models.adapted import Adapted
 from .models.controlled import Controlled
 from .models.controlnet import ControlNet
 from .models.transforms import check_transforms, transform
@@ -37,16 +40,24 @@ from .weights.maps import MAPS
 logger = logging.getLogger("stepfuse")
 
 DEFAULTS_FILE = "stepfuse.json"
-"""Optional file beside model_index.json: steps, guidance_scale, sampler, width, height, noise_level that suit it."""
-DEFAULTS = ("steps", "guidance_scale", "sampler", "width", "height", "noise_level")
+"""Optional file beside model_index.json: steps, guidance_scale, sampler, width, height, noise_level that suit it, and
+what it was trained with: null_class, the class that stands for none; blur_per_level, as of LowResolution."""
+DEFAULTS = ("steps", "guidance_scale", "sampler", "width", "height", "noise_level", "null_class", "blur_per_level")
+NOISING = ("low_res_scheduler", "image_noising_scheduler")
+"""Names of the scheduler of an upscaler's low-resolution image in diffusers' folders."""
 
 
 @dataclass(frozen=True, eq=False)
 class LowResolution:
-    """How an upscaler's small image is noised: the scheduler of its levels, and the highest it was trained on."""
+    """How an upscaler's low-resolution image is augmented at the levels that the network is told.
 
-    scheduler: SchedulerConfig
+    scheduler: of the noise; None where a level is a Gaussian blur of `blur_per_level` pixels, without noise. highest:
+    the highest level it was trained on; None: all of the scheduler's.
+    """
+
+    scheduler: SchedulerConfig | None
     highest: int | None
+    blur_per_level: float | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,7 +65,9 @@ class Components:
     """Everything a request needs: networks, tokenizers, the scheduler's settings and the family's habits.
 
     zero_negative: negative_prompt=None is a zero embedding instead of the empty prompt. binders: the op sites of the
-    denoiser, the VAE and every ControlNet. controlnets: by the name requests call them. low_resolution: of an upscaler.
+    denoiser, the VAE and every ControlNet. controlnets: by the name requests call them. low_resolution: of an upscaler;
+    None for one that takes the image as it is. loras: what requests may choose from. artifact_bytes: of the files of an
+    artefact's graphs, whose weights are within nobody's reach.
     """
 
     name: str
@@ -69,6 +82,8 @@ class Components:
     binders: Mapping[str, Binding]
     controlnets: Mapping[str, ControlNet] = field(default_factory=dict)
     low_resolution: LowResolution | None = None
+    loras: RowLoRAs = field(default_factory=RowLoRAs)
+    artifact_bytes: int = 0
 
     @property
     def scale(self) -> int:
@@ -78,7 +93,34 @@ class Components:
     @property
     def channels(self) -> int:
         """Channels of the latents; a denoiser that is given more takes more."""
-        return self.denoiser.config.in_channels if self.vae is None else self.vae.config.latent_channels
+        taken = self.denoiser.config.in_channels
+        return _image_channels(self.family, taken) if self.vae is None else self.vae.config.latent_channels
+
+    @property
+    def classes(self) -> int:
+        """Classes a request chooses from; 0: none, also where the network is told a noise level in their place."""
+        return 0 if self.augments or self.denoiser.config.class_embedding != "table" else self.denoiser.config.class_dim
+
+    @property
+    def augments(self) -> bool:
+        """Whether it is an upscaler with levels of noise or blur; one of pixels may take its image as it is."""
+        return self.family.enlarges and (self.low_resolution is not None or self.vae is not None)
+
+    @property
+    def null_class(self) -> int | None:
+        """The class that stands for none, which guidance leads away from. Raises CheckpointError for no class of it."""
+        label = self.defaults.get("null_class")
+        if label is not None and not (type(label) is int and 0 <= label < self.classes):
+            raise CheckpointError(
+                f"{self.name}: {DEFAULTS_FILE}: null_class: got {label!r}, expected one of its {self.classes} classes"
+            )
+        return label
+
+    @property
+    def guided(self) -> bool:
+        """Whether guidance is a second branch of its rows."""
+        away = self.family.text != "none" or self.null_class is not None
+        return away and self.denoiser.config.time_cond_dim is None
 
     @property
     def user(self) -> UserNetwork | None:
@@ -108,6 +150,12 @@ class Components:
             self._controlled[controls] = Controlled(self.unet, [self.controlnets[name] for name in controls])
         return self._controlled[controls]
 
+    def adapted(self, controls: tuple[str, ...] = ()) -> Adapted:
+        """What rows with LoRAs and these ControlNets run through."""
+        network = self.network(controls)
+        assert isinstance(network, UNet | Controlled)
+        return Adapted(network, self.loras.chosen)
+
     def network_binders(self, controls: tuple[str, ...] = ()) -> list[Binding]:
         """The op sites of `network`."""
         return [self.binders[part] for part in ("unet", *map(control_binder, controls))]
@@ -124,6 +172,7 @@ class Components:
             f"device {c.device}, runtime {c.runtime}, denoiser {short(c.dtype)}, VAE {short(c.vae_dtype)}, "
             f"at most {c.max_rows} rows",
             f"sampler {self.scheduler.sampler}, defaults {dict(self.defaults) or 'of the family'}",
+            *([self.loras.explain()] if self.loras.names else []),
         ]
         for part, binder in self.binders.items():
             lines += [f"{part}:", *(f"  {line}" for line in binder.explain().splitlines())]
@@ -154,9 +203,11 @@ def load_components(source: str | Path, config: EngineConfig) -> Components:
         modules[name] = clip.build_model(checkpoint.components[name], checkpoint.config(name))
     _check_parts(family, modules, checkpoint)
     files = _controlnet_files(config, modules)
-    low_resolution = _low_resolution(checkpoint) if family.beside == "low_resolution" else None
+    low_resolution = _low_resolution(checkpoint, modules["unet"], defaults) if family.enlarges else None
+    loras = read_row_loras(config.loras)
     check_transforms(resolved.transforms)
     _load(checkpoint, modules, resolved)
+    adapted = {name: module for name, module in modules.items() if name != "vae"}
     controlnets = {name: file.load(resolved) for name, file in files.items()}
     binders = {name: Binder(modules[name], resolved) for name in ("unet", "vae") if name in modules}
     binders |= {control_binder(name): Binder(net, resolved) for name, net in controlnets.items()}
@@ -178,12 +229,35 @@ def load_components(source: str | Path, config: EngineConfig) -> Components:
         binders=binders,
         controlnets=controlnets,
         low_resolution=low_resolution,
+        loras=RowLoRAs(loras, adapted),
     )
 
 
-def _low_resolution(checkpoint: Checkpoint) -> LowResolution:
-    scheduler = SchedulerConfig.from_diffusers(checkpoint.config("low_res_scheduler"))
-    return LowResolution(scheduler, checkpoint.options.get("max_noise_level"))
+def _low_resolution(checkpoint: Checkpoint, unet: nn.Module, defaults: Mapping[str, Any]) -> LowResolution | None:
+    """Raises CheckpointError where an upscaler is told levels, but nothing says what they are."""
+    assert isinstance(unet, UNet)
+    tops = [checkpoint.options.get("max_noise_level")]
+    tops += [unet.config.class_dim - 1] if unet.config.class_embedding == "table" else []
+    highest = min((top for top in tops if top is not None), default=None)
+    per_level = defaults.get("blur_per_level")
+    if per_level is not None:
+        if isinstance(per_level, bool) or not isinstance(per_level, (int, float)) or not 0 < per_level < math.inf:
+            raise CheckpointError(f"{DEFAULTS_FILE}: blur_per_level: got {per_level!r}, expected pixels above 0")
+        return LowResolution(None, highest, per_level)
+    found = next((name for name in NOISING if name in checkpoint.components), None)
+    if found is None and "vae" not in checkpoint.components and unet.config.class_embedding in ("none", "table"):
+        return None
+    if found is None:
+        raise CheckpointError(
+            f"{checkpoint.root}: an upscaler that is told a level of noise, without a {' or '.join(NOISING)}; add "
+            f"one, or blur_per_level to {DEFAULTS_FILE}"
+        )
+    return LowResolution(SchedulerConfig.from_diffusers(checkpoint.config(found)), highest)
+
+
+def _image_channels(family: Family, taken: int) -> int:
+    """Channels of the images of a pixel model that takes so many: an upscaler takes two images."""
+    return taken // 2 if family.enlarges else taken
 
 
 def control_binder(name: str) -> str:
@@ -235,7 +309,7 @@ def _check_parts(family: Family, modules: Mapping[str, nn.Module], checkpoint: C
     expected = unet.config.text_dim or unet.config.blocks.cross_dim
     if encoders and width != expected:
         raise CheckpointError(f"text encoders give {width} features, the denoiser takes {expected}: mixed checkpoints?")
-    made, own = unet.config.out_channels, unet.config.in_channels
+    made, own = unet.config.out_channels, _image_channels(family, unet.config.in_channels)
     what = "the images have"
     if isinstance(vae, AutoencoderKL):
         own, what = vae.config.latent_channels, "the VAE has"

@@ -49,9 +49,10 @@ class EngineConfig:
     memory_gb: device memory beside the weights, in 10^9 bytes: requests of which not even one row fits are refused; by
     default what is free on a CUDA device, and a CPU machine's whole memory. queue_seconds: the most unfinished work, in
     estimated seconds, above which submit raises QueueFull; by default no bound. variant: weight file variant ("fp16").
-    download: fetch a hub id that is not in the local cache. vae_tiling: decode in overlapping tiles; "auto" above 1536
-    x 1536 pixels. controlnets: name -> built-in name, folder or hub id of a ControlNet, for `Request.controls`. safety:
-    called on every batch of images, previews too, before they are handed out.
+    download: fetch a hub id that is not in the local cache. vae_tiling: decode and encode in overlapping tiles; "auto"
+    above 1536 x 1536 pixels. controlnets: name -> built-in name, folder or hub id of a ControlNet, for
+    `Request.controls`. loras: name -> built-in name, file or folder of a LoRA, for `Request.loras`. safety: called on
+    every batch of images, previews too, before they are handed out.
     """
 
     device: str | None = None
@@ -73,6 +74,7 @@ class EngineConfig:
     vae_tiling: bool | Literal["auto"] = "auto"
     transforms: tuple[str, ...] = ()
     controlnets: Mapping[str, str | Path] = field(default_factory=dict)
+    loras: Mapping[str, str | Path] = field(default_factory=dict)
     safety: SafetyHook | None = None
 
 
@@ -179,6 +181,7 @@ def check_exported(config: EngineConfig) -> None:
         "kernels": (kernels != "auto", "the export chose the kernels: leave it out, or name sampler_step only"),
         "deterministic": (bool(config.deterministic), "nothing is promised of other runtimes: leave it out"),
         "controlnets": (bool(config.controlnets), "ControlNets run with runtime='torch' only: leave them out"),
+        "loras": (bool(config.loras), "the weights of exported networks are fixed: merge them before the export"),
         "variant": (config.variant is not None, "an artefact has one set of weights: leave it out"),
         "download": (config.download, "artefacts are not on the hub: leave it out"),
     }

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from . import env
@@ -22,7 +23,7 @@ from .imaging import blank_pictures
 from .loading import load
 from .model import Model
 from .relay import Relay
-from .request import Event, Job, Request, build_request
+from .request import Control, Event, Job, Request, build_request
 from .runner import Runner
 from .settling import settle
 from .ticket import Ticket
@@ -196,6 +197,8 @@ class Engine:
         *,
         model: str | None = None,
         cascade: str | Path | Cascade | None = None,
+        controls: Sequence[str] = (),
+        loras: int = 0,
         rows: int | None = None,
         calibrate: bool = False,
         budget_s: float = 10.0,
@@ -204,26 +207,33 @@ class Engine:
         """Pay the first-use costs of a size now: one update, one decode, and every planned graph or compilation; of a
         cascade, of the sizes of all its stages.
 
-        model: which; None: the default. rows: the most images that will run together, for runner="graph" and
-        "compiled"; None: max_rows on CUDA, else 1.
-        calibrate: also measure updates of up to `rows` images (None: max_rows); from then on that decides how many run
-        together and in how many forwards. It is kept for later engines and printed by `explain`; other work waits.
+        model: which; None: the default. controls: names of the ControlNets that requests will have; loras: how many
+        LoRAs of their own. rows: the most images that will run together, for runner="graph" and "compiled"; None:
+        max_rows on CUDA, else 1. calibrate: also measure updates of up to `rows` images (None: max_rows), without
+        LoRAs; from then on that decides how many run together and in how many forwards. It is kept for later engines
+        and printed by `explain`; other work waits.
         budget_s: no timing begins after so many seconds. progress: gets a line of text per timing, on another thread.
         Raises RequestError for a size or number of rows that cannot be run, and for calibrating in deterministic mode.
         """
         chosen = self._model(model)
-        config, net = chosen.parts.config, chosen.parts.denoiser.config
+        config = chosen.parts.config
         rows = rows if rows is not None else config.max_rows if calibrate or config.device.type == "cuda" else 1
         if not isinstance(rows, int) or not 1 <= rows <= config.max_rows:
             raise RequestError(
                 f"rows: got {rows!r}, expected 1 to max_rows, {config.max_rows}; load with more max_rows"
             )
+        if loras and calibrate:
+            raise RequestError(
+                f"calibrate: measures updates without LoRAs, got loras={loras}; warm these up without it"
+            )
         prompt = None if not chosen.parts.text else ""
         pictures = blank_pictures(chosen.parts, width, height)
-        labels = 0 if net.class_embedding != "none" and not pictures else None
+        labels = 0 if chosen.parts.classes else None
+        nets = tuple(Control(name=name, image=np.zeros((8, 8), np.uint8)) for name in controls)
         fields = {"width": width, "height": height, "class_labels": labels, "model": chosen.name, **pictures}
         steps = 1 if cascade is None else None  # of a part of one step nothing might be left
-        request = Request(prompt=prompt, steps=steps, seed=0, **fields)
+        idle = chosen.parts.loras.idle(loras)
+        request = Request(prompt=prompt, steps=steps, seed=0, controls=nets, loras=idle, **fields)
         how = {"budget_s": budget_s, "progress": progress} if calibrate else None
         if cascade is None:
             tickets = [self._ticket(request)]
@@ -325,7 +335,7 @@ class Engine:
 
     def _shared(self) -> EngineConfig:
         """What was said to load the default that holds for other checkpoints, too."""
-        return replace(self._said, variant=None, controlnets={})
+        return replace(self._said, variant=None, controlnets={}, loras={})
 
     def _check_name(self, name: str) -> None:
         if not isinstance(name, str) or not name:

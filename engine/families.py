@@ -18,11 +18,25 @@ BUILTIN = {
 BUILTIN_CONTROLNETS = {
     "shapes-silhouette": "ControlNet of shapes: objects where a silhouette, white on black, has them",
 }
+BUILTIN_LORAS = {
+    "shapes-dome": "LoRA of shapes: circles are cut to their upper halves",
+    "shapes-turn": "LoRA of shapes: the places of objects are turned by 30 degrees",
+}
+BUILTIN_EMBEDDINGS = {
+    "shapes-sun": "a word for shapes: a sun is a yellow circle",
+    "shapes-big": "a word for shapes: big is between medium and large",
+}
 
 
 def builtin_folder(name: str) -> Path:
     """Where the checkpoint of a built-in model or ControlNet lies in the installed package."""
     return Path(__file__).parent / "builtin" / name
+
+
+def builtin_file(source: str | Path) -> str | Path:
+    """Where a built-in LoRA or embedding lies, for its name; every other source as it is."""
+    known = str(source) in BUILTIN_LORAS or str(source) in BUILTIN_EMBEDDINGS
+    return builtin_folder(f"{source}.safetensors") if known else source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,11 +63,16 @@ class Family:
     aesthetics: bool = False
 
     @property
+    def enlarges(self) -> bool:
+        """Whether it is given a low-resolution image to enlarge."""
+        return self.beside == "low_resolution"
+
+    @property
     def needs(self) -> str:
         """What a request must give beside a prompt, in words; empty for text to image."""
         if self.beside == "masked_image":
             return "an image and a mask"
-        if self.beside == "low_resolution":
+        if self.enlarges:
             return "an image to enlarge"
         return "an image, or latents and denoising_start" if self.starts else ""
 
@@ -89,12 +108,12 @@ _TABLE = (
     ),
     Family(
         name="sd_inpaint",
-        summary="Stable Diffusion inpainting, 9 input channels",
+        summary="Stable Diffusion inpainting, which sees the mask (9 input channels)",
         beside="masked_image",
     ),
     Family(
         name="sdxl_inpaint",
-        summary="Stable Diffusion XL inpainting, 9 input channels",
+        summary="Stable Diffusion XL inpainting, which sees the mask (9 input channels)",
         text="penultimate",
         beside="masked_image",
     ),
@@ -111,6 +130,14 @@ _TABLE = (
         text="none",
         beside="low_resolution",
         steps=10,
+        guidance_scale=1.0,
+    ),
+    Family(
+        name="pixel_upscaler",
+        summary="pixel diffusion beside a low-resolution image: the later stages of pixel cascades (CDM, SR3)",
+        text="none",
+        latent=False,
+        beside="low_resolution",
         guidance_scale=1.0,
     ),
 )

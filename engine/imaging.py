@@ -20,17 +20,16 @@ from torch import Tensor
 from .components import Components
 from .conditioning.images import load_image, load_mask, resize
 from .errors import NumericsError, RequestError
+from .low_resolution import check_augmentation, check_enlarges, enlarged, enlarged_size, is_noised, noised, to_tensor
 from .models.vae import Gaussian, to_model
+from .models.vae_tiling import TILE, in_tiles, tiled_encode
 from .request import Request
 from .samples import blank_fields, read_given
-from .sampling.augmentation import augmentation_level
-from .sampling.update import Level, Plan
+from .sampling.update import Plan
 
 if TYPE_CHECKING:
     from .settling import Settled
 
-NOISE_LEVEL = 20
-"""Of an upscaler's low-resolution image where neither request nor checkpoint says one (diffusers' default)."""
 MEGAPIXEL = 1024 * 1024
 """Pixels encoded together: below it, one picture does not fill a large GPU."""
 
@@ -41,7 +40,8 @@ class Pictures:
 
     images: float32 [H, W, 3] in 0..1, one for all rows or one each; mask: float32 [H, W], 1 where the image is painted
     anew; changes: float32 [H, W], a strength for every pixel. encoded: what the VAE made of them. values: [1 or n, 1,
-    h, w] in place of images, for a network of the user's.
+    h, w] in place of images, for a network of the user's. enlarged: [1 or n, C, h, w], what an upscaler is given of
+    them before noise, where it is not to be made from them: for tiles.
     """
 
     images: tuple[np.ndarray, ...] = ()
@@ -49,6 +49,7 @@ class Pictures:
     changes: np.ndarray | None = None
     values: Tensor | None = None
     encoded: dict[str, Gaussian] = field(default_factory=dict)
+    enlarged: Tensor | None = None
 
     @property
     def size(self) -> tuple[int, int] | None:
@@ -98,7 +99,7 @@ def read_pictures(parts: Components, request: Request) -> Pictures:
 def _check_fields(parts: Components, request: Request) -> None:
     """Which fields go together, whatever the model."""
     if request.image is None:
-        for name in ("mask", "change_map", "strength", "noise_level"):
+        for name in ("mask", "change_map", "strength", "noise_level", "blur"):
             if getattr(request, name) is not None:
                 raise RequestError(f"{name}: got one without an image; give image=, too, or leave {name} out")
         if request.denoising_start is not None and request.latents is None:
@@ -131,30 +132,15 @@ def _check_model(parts: Components, request: Request) -> None:
         for field_name in ("change_map", "resample"):
             if getattr(request, field_name) is not None:
                 raise RequestError(f"{field_name}: {name} is an inpainting model, which sees the mask; leave it out")
-    if beside == "low_resolution":
+    if parts.family.enlarges:
         for field_name in ("mask", "change_map", "strength", "resample", "denoising_start"):
             if getattr(request, field_name) is not None:
                 raise RequestError(f"{field_name}: {name} enlarges images; leave it out")
-        noise_level(parts, request)
-    elif request.noise_level is not None:
-        raise RequestError(f"noise_level: {name} is no upscaler; leave it out")
-
-
-def noise_level(parts: Components, request: Request) -> int:
-    """The level an upscaler is told. Raises RequestError for one it does not know."""
-    default = parts.defaults.get("noise_level", NOISE_LEVEL)
-    level = default if request.noise_level is None else request.noise_level
-    _augmentation(parts, level)
-    return level
-
-
-def _augmentation(parts: Components, level: int) -> Level:
-    small = parts.low_resolution
-    if small is None:
-        raise RequestError(
-            f"{parts.name}: has no low_res_scheduler, without which nothing is enlarged; load a checkpoint"
-        )
-    return augmentation_level(small.scheduler, level, highest=small.highest)
+        check_augmentation(parts, request)
+        return
+    for field_name in ("noise_level", "blur"):
+        if getattr(request, field_name) is not None:
+            raise RequestError(f"{field_name}: {name} is no upscaler; leave it out")
 
 
 def blank_pictures(parts: Components, width: int | None, height: int | None) -> dict[str, Any]:
@@ -164,7 +150,7 @@ def blank_pictures(parts: Components, width: int | None, height: int | None) -> 
     family, sample = parts.family, parts.denoiser.config.sample_size or (64, 64)
     if not family.needs:
         return {}
-    scale = 1 if family.beside == "low_resolution" else parts.scale
+    scale = 1 if family.enlarges else parts.scale
     high, wide = (own * scale if side is None else side * scale // parts.scale
                   for own, side in zip(sample, (height, width), strict=True))  # fmt: skip
     image = np.zeros((high, wide, 3), np.float32)
@@ -176,8 +162,11 @@ def natural_size(parts: Components, pictures: Pictures) -> tuple[tuple[int, int]
     """The (width, height) of the result where the request says nothing, and a warning if that is not the picture's."""
     if pictures.size is None:
         return None, ()
-    if parts.family.beside == "low_resolution":
-        return (pictures.size[0] * parts.scale, pictures.size[1] * parts.scale), ()
+    if parts.family.enlarges:
+        width, height = enlarged_size(parts, *pictures.size)
+        shapes = "from {} x {} to {} x {} pixels".format(*pictures.size, width, height)
+        stretched = width * pictures.size[1] != height * pictures.size[0]
+        return (width, height), (f"image: stretched {shapes}; give another width or height",) if stretched else ()
     size = tuple(max(parts.scale, side - side % parts.scale) for side in pictures.size)
     if size == pictures.size:
         return pictures.size, ()
@@ -186,8 +175,14 @@ def natural_size(parts: Components, pictures: Pictures) -> tuple[tuple[int, int]
 
 
 def fit(parts: Components, pictures: Pictures, width: int, height: int) -> Pictures:
-    """The pictures for an image of this size: an image to enlarge has one pixel per latent site."""
-    small = parts.family.beside == "low_resolution"
+    """The pictures for an image of this size: an image to enlarge has one pixel per latent site, and stays as it is
+    where it is enlarged in pixels. Raises RequestError for one that is larger than the result.
+    """
+    small = parts.family.enlarges
+    if small and parts.vae is None:
+        for image in pictures.images:
+            check_enlarges(parts, (image.shape[1], image.shape[0]), width, height)
+        return pictures
     return pictures.fit(*(side // parts.scale if small else side for side in (width, height)))
 
 
@@ -239,8 +234,8 @@ def begin(parts: Components, settled: Settled, images: Sequence[int]) -> Begun:
         latents = _latents(parts, pictures, images, drawn("image"))
     elif pictures.values is not None:
         latents = _rows(pictures.values, images).to(device, dtype)
-    elif pictures.images and parts.vae is None:
-        latents = _rows(_tensor(pictures.images), images).to(device, dtype)
+    elif pictures.images and parts.vae is None and not parts.family.enlarges:
+        latents = _rows(to_tensor(pictures.images, parts.channels), images).to(device, dtype)
     elif settled.request.denoising_start is not None:
         assert settled.request.latents is not None
         latents = settled.request.latents[list(images)].to(device, dtype).reshape(noise.shape)
@@ -255,10 +250,20 @@ def begin(parts: Components, settled: Settled, images: Sequence[int]) -> Begun:
     if parts.family.beside == "masked_image":
         masked = _latents(parts, pictures, images, drawn("beside"), masked=True)
         concat = torch.cat([_latent_mask(parts, pictures).to(masked).expand(len(images), -1, -1, -1), masked], 1)
-    elif parts.family.beside == "low_resolution":
-        small = _rows(_tensor(pictures.images), images).to(device, dtype)
-        concat = _noised(parts, settled.request, small, drawn("beside"))
+    elif parts.family.enlarges:
+        noise_beside = drawn("beside") if is_noised(parts) else None
+        concat = noised(parts, settled.request, _low_resolution(parts, settled, images).to(x), noise_beside)
     return Begun(x, mask, known, None if concat is None else concat.repeat_interleave(settled.branches, 0))
+
+
+def _low_resolution(parts: Components, settled: Settled, images: Sequence[int]) -> Tensor:
+    """What an upscaler's rows are given beside the latents, before noise [len(images), C, h, w]."""
+    given, pictures = settled.pictures.images, settled.pictures
+    if pictures.enlarged is not None:
+        return _rows(pictures.enlarged, images)
+    chosen = given if len(given) == 1 else [given[index] for index in images]
+    made = enlarged(parts, settled.request, chosen, settled.width, settled.height)
+    return made.expand(len(images), -1, -1, -1)
 
 
 class _Draw(NamedTuple):
@@ -278,10 +283,10 @@ def _draw(parts: Components, settled: Settled, index: int) -> _Draw:
     def draw(channels: int) -> Tensor:
         return torch.randn((1, channels, *shape[2:]), generator=generator)
 
-    needed = {"nothing": True, "masked_image": settled.plan.init_alpha != 0, "low_resolution": False}[beside]
+    needed = beside == "nothing" or (beside == "masked_image" and settled.plan.init_alpha != 0)
     encoded = bool(settled.pictures.images) and parts.vae is not None and needed
     image = draw(shape[1]) if encoded else None
-    low = draw(3) if beside == "low_resolution" else None
+    low = draw(3 if parts.vae is not None else shape[1]) if is_noised(parts) else None
     if request.latents is None:
         noise = draw(shape[1])
     else:
@@ -319,7 +324,7 @@ def _latents(
     """Latents [len(images), C, h, w] of the pictures, sampled with noise; masked: without what is painted anew."""
     name = "masked" if masked else "image"
     if name not in pictures.encoded:
-        pixels = _tensor(pictures.images)
+        pixels = to_tensor(pictures.images)
         pictures.encoded[name] = _encode(parts, pixels * (_binary(pictures) < 0.5) if masked else pixels, noise.dtype)
     moments = pictures.encoded[name]
     chosen = Gaussian(_rows(moments.mean, images), _rows(moments.logvar, images))
@@ -328,29 +333,22 @@ def _latents(
 
 
 def _encode(parts: Components, images: Tensor, dtype: torch.dtype) -> Gaussian:
-    """The moments of images [R, 3, H, W] in -1..1, in the VAE's own scale."""
-    vae = parts.vae
+    """The moments of images [R, 3, H, W] in -1..1, in the VAE's own scale; of large ones in tiles."""
+    vae, config, (height, width) = parts.vae, parts.config, images.shape[-2:]
     assert vae is not None
-    pixels = images.to(parts.config.device, parts.config.vae_dtype)
-    together = 1 if parts.config.deterministic else max(1, MEGAPIXEL // (images.shape[-1] * images.shape[-2]))
-    one = pixels[:together]
+    pixels = images.to(config.device, config.vae_dtype)
+    tiles, side = in_tiles(config.vae_tiling, height, width), TILE * parts.scale
+    together = 1 if config.deterministic or tiles else max(1, MEGAPIXEL // (height * width))
+    one = pixels[:1, :, :side, :side] if tiles else pixels[:together]
     parts.binders["vae"].bind(("encode", *one.shape[1:]), partial(vae.encode, one))
-    made = [vae.encode(part) for part in map(torch.clone, pixels.split(together))]
+    made = [
+        tiled_encode(vae.encode, part, parts.scale) if tiles else vae.encode(part)
+        for part in map(torch.clone, pixels.split(together))
+    ]
     moments = [torch.cat([getattr(part, name) for part in made]).to(dtype) for name in ("mean", "logvar")]
     if not torch.isfinite(moments[0]).all():
         raise NumericsError(f"the VAE encoded NaN or Inf in {parts.config.vae_dtype}; load with vae_dtype='float32'")
     return Gaussian(*moments)
-
-
-def _noised(parts: Components, request: Request, images: Tensor, noise: Tensor) -> Tensor:
-    """A low-resolution image at its noise level (conditioning augmentation, Ho et al. 2021)."""
-    level = _augmentation(parts, noise_level(parts, request))
-    return level.alpha * images + level.sigma * noise
-
-
-def _tensor(images: Sequence[np.ndarray]) -> Tensor:
-    """float32 [R, 3, H, W] in -1..1."""
-    return torch.stack([torch.from_numpy(image) for image in images]).permute(0, 3, 1, 2).contiguous() * 2 - 1
 
 
 def _rows(tensor: Tensor, images: Sequence[int]) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from torch import Tensor
 from .cascade import Stage
 from .conditioning.images import resize
 from .errors import RequestError
+from .low_resolution import check_enlarges, enlarged, enlarged_size
 from .model import Model
 from .models.tiles import Tiles
 from .models.vae import Gaussian, from_model
@@ -45,11 +46,17 @@ class Leg:
 
     @classmethod
     def after(cls, size: tuple[int, int], index: int, stage: Stage, model: Model) -> Leg:
-        """The stage behind one of `size` (width, height). Raises RequestError for tiles that cannot overlap."""
+        """The stage behind one of `size` (width, height). Raises RequestError for tiles that cannot overlap, and for an
+        upscaler whose result is smaller.
+        """
         site = model.parts.scale
-        own = float(site) if model.parts.family.beside == "low_resolution" else 1.0
-        width, height = scaled(size, own if stage.scale is None else stage.scale, site)
+        if stage.scale is None and model.parts.family.enlarges:
+            width, height = enlarged_size(model.parts, *size)
+        else:
+            width, height = scaled(size, stage.scale or 1.0, site)
         width, height = stage.request.get("width") or width, stage.request.get("height") or height
+        if model.parts.family.enlarges:
+            check_enlarges(model.parts, size, width, height)
         tiles = None
         if stage.tile is not None and max(width, height) > stage.tile:
             tile, overlap = stage.tile // site, math.ceil((stage.overlap or stage.tile / 4) / site)
@@ -63,8 +70,8 @@ class Leg:
 
     @property
     def enlarges(self) -> bool:
-        """Whether the model itself enlarges its image, which then has one pixel per latent site."""
-        return self.model.parts.family.beside == "low_resolution"
+        """Whether the model itself enlarges its image."""
+        return self.model.parts.family.enlarges
 
     @property
     def goes_on(self) -> bool:
@@ -91,21 +98,25 @@ class Leg:
 
     def without(self) -> dict[str, Any]:
         """What the model cannot take of a request that was made for another one, as None; what the stage says stays."""
-        parts, dropped = self.model.parts, ["class_labels"]
+        parts = self.model.parts
+        dropped = [] if parts.classes else ["class_labels"]
         if parts.family.text == "none":
-            dropped = ["prompt", "prompt_2", "negative_prompt", "negative_prompt_2"]
-            if self.enlarges or parts.denoiser.config.class_embedding == "none":
-                dropped.append("class_labels")
+            dropped += ["prompt", "prompt_2", "negative_prompt", "negative_prompt_2"]
         elif len(parts.text) < 2:
             dropped += ["prompt_2", "negative_prompt_2"]
         return {name: None for name in dropped if name not in self.stage.request}
 
     def images(self, outcome: Outcome | None) -> list[NDArray[np.float32]]:
-        """The images it takes, in the size it takes them; a blank one for all where they do not matter."""
+        """The images it takes, in the size it takes them; a blank one for all where they do not matter.
+
+        An upscaler of pixels takes them as they are.
+        """
         site = self.model.parts.scale // self.pixels
         width, height = self.width // site, self.height // site
         if outcome is None or outcome.images is None:
             return [np.zeros((height, width, 3), np.float32)]
+        if self.enlarges and self.model.parts.vae is None:
+            return [colors(image) for image in outcome.images]
         return [resize(colors(image), width, height, self.stage.resize) for image in outcome.images]
 
     def latents(self, outcome: Outcome | None, n: int) -> Tensor:
@@ -133,7 +144,9 @@ class Leg:
             own["latents"] = crop(tiles, values["latents"])
         elif seed is not None:
             own["latents"] = crop(tiles, initial_noise(seed, (parts.channels, *tiles.size), n))
-        if not self.goes_on:
+        if self.enlarges:
+            own["image"] = [np.zeros((*tiles.shape, 3), np.float32)]  # `enlarge_whole` puts in what it is
+        elif not self.goes_on:
             images = torch.from_numpy(np.stack(values["image"])).permute(0, 3, 1, 2)
             cut = list(crop(tiles, images, self.pixels).permute(0, 2, 3, 1).numpy())
             own["image"] = cut if len(cut) == own["n"] else cut[:1]
@@ -145,6 +158,12 @@ class Leg:
         if isinstance(labels, tuple):
             own["class_labels"] = tuple(label for label in labels for _ in range(len(tiles)))
         return own
+
+    def enlarge_whole(self, settled: Settled, images: list[NDArray[np.float32]]) -> Settled:
+        """The rows of an upscaler's tiles, which see parts of images [h, w, 3] that were blurred and enlarged whole."""
+        assert self.tiles is not None
+        whole = enlarged(self.model.parts, settled.request, images, self.width, self.height)
+        return replace(settled, pictures=replace(settled.pictures, enlarged=crop(self.tiles, whole)))
 
     def encode(self, settled: Settled, latents: Tensor) -> None:
         """Put latents [n, C, h, w] of its size in place of what the VAE would make of its rows' image."""

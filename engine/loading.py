@@ -52,6 +52,7 @@ def load(source: str | Path, config: EngineConfig) -> Components:
         zero_negative=zero_negative(family, opened.manifest.settings),
         defaults=read_defaults(opened.folder),
         binders={"unet": kernels, "vae": kernels} if family.latent else {"unet": kernels},
+        artifact_bytes=opened.bytes([*graphs, "vae_encoder"]),
     )
 
 

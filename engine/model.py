@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -40,6 +40,12 @@ class Model:
         made: Adapters | None = vars(self).get("adapters")  # the property would make them
         return {} if made is None else made.settings
 
+    def said(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Settings of a request and what is active on the engine; the LoRAs of both add up."""
+        both = {**settings, **self.adapted}
+        loras = [*self.adapted.get("loras", ()), *settings.get("loras", ())]
+        return both | ({"loras": loras} if loras else {})
+
     def cap(self, bucket: Hashable) -> int | None:
         """The most model rows of one update: the measured knee, and for a model beside the default its own max_rows,
         guided or not. None for no cap: the scheduler's max_rows is the default's.
@@ -47,7 +53,7 @@ class Model:
         knee = self.runner.calibration.cap(bucket)
         if self.name is None:
             return knee
-        most = self.parts.config.max_rows * (1 if self.parts.family.text == "none" else 2)
+        most = self.parts.config.max_rows * (2 if self.parts.guided else 1)
         return most if knee is None else min(knee, most)
 
     def calibrated(self, bucket: Hashable) -> bool:

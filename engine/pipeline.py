@@ -20,17 +20,13 @@ from .imaging import begin
 from .models.controlled import Controlled, ControlledPrepared
 from .models.unet import Conditioning, Prepared
 from .models.vae import from_model
-from .models.vae_tiling import tiled
+from .models.vae_tiling import TILE, in_tiles, tiled
 from .prompting import condition
 from .settling import Settled
 from .upscaling.upscaler import Upscaler
 
-TILE = 64
 MEGAPIXEL = 1024 * 1024
 """decode_rows of 0 decodes this many pixels together: below it, one image does not fill a large GPU."""
-UNTILED_PIXELS = 1536 * 1536
-"""vae_tiling="auto" decodes in tiles above this: memory grows with the area, and the attention in the middle of the VAE
-with its square."""
 
 
 @with_fixed_algorithms
@@ -46,6 +42,7 @@ def encode(parts: Components, batch: Sequence[Settled]) -> list[tuple[Conditioni
 def start(parts: Components, settled: Settled, conditioning: Conditioning, images: Sequence[int]) -> Arrivals:
     """The rows of the request's images at `images` before their first update, on the engine's device."""
     plan, begun = settled.plan, begin(parts, settled, images)
+    dynamic = plan.dynamic_threshold
     return Arrivals(
         **begun._asdict(),
         c_in=plan.updates[0].c_in,
@@ -56,6 +53,7 @@ def start(parts: Components, settled: Settled, conditioning: Conditioning, image
         draws=2 if plan.stochastic else 0,
         channels=parts.denoiser.config.out_channels,
         prepared=prepare(parts, settled, conditioning, images),
+        threshold=None if dynamic is None else (dynamic.percentile, dynamic.most),
     )
 
 
@@ -67,8 +65,16 @@ def prepare(
 
     In deterministic mode the images are prepared one by one.
     """
+    with parts.loras.of(settled.loras):
+        prepared = _prepare(parts, settled, conditioning, images)
+    return parts.loras.marked(prepared, settled.loras)
+
+
+def _prepare(
+    parts: Components, settled: Settled, conditioning: Conditioning, images: Sequence[int]
+) -> Prepared | ControlledPrepared:
     if parts.config.deterministic and len(images) > 1:
-        each: list[Any] = [prepare(parts, settled, conditioning, [index]) for index in images]
+        each: list[Any] = [_prepare(parts, settled, conditioning, [index]) for index in images]
         return type(each[0]).cat(each)
     timesteps = parts.times(settled.plan)
     rows = [index * settled.branches + branch for index in images for branch in range(settled.branches)]
@@ -92,11 +98,10 @@ def decode(parts: Components, latents: torch.Tensor) -> torch.Tensor:
     if parts.vae is None:
         images = latents.float()
     else:
-        pixels = latents.shape[-1] * latents.shape[-2] * parts.scale**2
+        height, width = (side * parts.scale for side in latents.shape[-2:])
         scaled = from_model(latents, parts.vae.config).to(parts.config.vae_dtype)
-        whole = pixels <= UNTILED_PIXELS
-        tiles = not whole if parts.config.vae_tiling == "auto" else parts.config.vae_tiling
-        chunk = parts.config.decode_rows or max(1, MEGAPIXEL // pixels)
+        tiles = in_tiles(parts.config.vae_tiling, height, width)
+        chunk = parts.config.decode_rows or max(1, MEGAPIXEL // (height * width))
         one = scaled[:1, :, :TILE, :TILE] if tiles else scaled[:chunk]
         parts.binders["vae"].bind(tuple(one.shape[1:]), partial(parts.vae.decode, one))
         decoded = [

@@ -12,7 +12,8 @@ from .components import Components
 from .conditioning.prompt_weights import parse_prompt
 from .conditioning.text import Encoded, encode_prompts, pad_prompts
 from .errors import RequestError
-from .imaging import noise_level
+from .loras import Asked
+from .low_resolution import noise_level
 from .models.unet import Conditioning
 from .request import Request
 from .samples import check_user_request, condition_user, refuse_user_fields
@@ -27,8 +28,8 @@ AESTHETICS = (6.0, 2.5)
 """Scores that SDXL's refiner is told, of the prompt and of what is guided away from (diffusers' defaults)."""
 LORA_TAG = re.compile(r"<lora:[^<>]*>")
 
-Key = tuple[tuple[str, ...], int | None]
-"""A text for each encoder, and clip_skip."""
+Key = tuple[tuple[str, ...], int | None, Asked]
+"""A text for each encoder, clip_skip, and the LoRAs of the encoders."""
 
 
 def check_prompts(parts: Components, request: Request) -> None:
@@ -78,19 +79,19 @@ def _check_embeds(parts: Components, request: Request, hidden: str, pooled: str)
         check(pooled, summary, 2, net.added_dim - ids * (net.added_time_dim or 0))
 
 
-def token_count(parts: Components, settled: Settled) -> int:
-    """Tokens of the request's longest prompt with its padding: those its model rows have room for."""
+def token_counts(parts: Components, settled: Settled) -> list[int]:
+    """Tokens of each of the request's prompts with padding: of the longest, its model rows have room for."""
     request = settled.request
     embeds = (request.prompt_embeds, request.negative_prompt_embeds if settled.branches == 2 else None)
-    counts = [len(encoder.chunks(text)) * encoder.length for texts, _ in _texts(parts, settled)
-              for encoder, text in zip(parts.text, texts, strict=True)]  # fmt: skip
-    return max(counts + [given.shape[1] for given in embeds if given is not None], default=0)
+    counts = [max(len(encoder.chunks(text)) * encoder.length for encoder, text in zip(parts.text, texts, strict=True))
+              for texts, *_ in _texts(parts, settled)]  # fmt: skip
+    return counts + [given.shape[1] for given in embeds if given is not None]
 
 
 def condition(parts: Components, batch: Sequence[Settled]) -> list[tuple[Conditioning, tuple[str, ...]]]:
     """Conditioning of the model rows (image 0 cond, image 0 uncond, image 1 ...) of each request, and warnings.
 
-    The distinct prompts of all requests that share a clip_skip go through each text encoder in one batch; in
+    The distinct prompts of all requests that share clip_skip and LoRAs go through each text encoder in one batch; in
     deterministic mode one by one.
     """
     if parts.user is not None:
@@ -104,11 +105,12 @@ def condition(parts: Components, batch: Sequence[Settled]) -> list[tuple[Conditi
 
 def _encode(parts: Components, keys: Sequence[Key]) -> dict[Key, Encoded]:
     found: dict[Key, Encoded] = {}
-    for skip in dict.fromkeys(skip for _, skip in keys):
-        texts = list(dict.fromkeys(text for text, own in keys if own == skip))
+    for skip, loras in dict.fromkeys((skip, loras) for _, skip, loras in keys):
+        texts = list(dict.fromkeys(text for text, *how in keys if how == [skip, loras]))
         for part in [[text] for text in texts] if parts.config.deterministic else [texts]:
-            encoded = encode_prompts(parts.text, part, skip)
-            found |= {(text, skip): one for text, one in zip(part, encoded, strict=True)}
+            with parts.loras.of(loras):
+                encoded = encode_prompts(parts.text, part, skip)
+            found |= {(text, skip, loras): one for text, one in zip(part, encoded, strict=True)}
     return found
 
 
@@ -117,13 +119,15 @@ def _texts(parts: Components, settled: Settled) -> list[Key]:
 
     clip_skip holds for the prompt only, as in diffusers; the negative prompt always takes the default layer.
     """
-    request, encoders = settled.request, len(parts.text)
+    request, encoders, loras = settled.request, len(parts.text), parts.loras.for_texts(settled.loras)
     texts: list[Key] = []
+    if not encoders:  # guidance leads away from a class, or from what the user gives
+        return texts
     if request.prompt is not None:
-        texts.append(((request.prompt, request.prompt_2 or request.prompt)[:encoders], request.clip_skip))
+        texts.append(((request.prompt, request.prompt_2 or request.prompt)[:encoders], request.clip_skip, loras))
     if settled.branches == 2 and request.negative_prompt_embeds is None and not _zero_negative(parts, request):
         negative = request.negative_prompt or ""
-        texts.append(((negative, request.negative_prompt_2 or negative)[:encoders], None))
+        texts.append(((negative, request.negative_prompt_2 or negative)[:encoders], None, loras))
     return texts
 
 
@@ -133,7 +137,9 @@ def _zero_negative(parts: Components, request: Request) -> bool:
 
 def _warnings(request: Request) -> tuple[str, ...]:
     tags = [tag for name in TEXTS for tag in LORA_TAG.findall(getattr(request, name) or "")]
-    return tuple(f"{tag} in the prompt is read as text: set LoRAs on the engine (set_loras, --lora)" for tag in tags)
+    return tuple(
+        f"{tag} in the prompt is read as text: use Request.loras, or set LoRAs on the engine (--lora)" for tag in tags
+    )
 
 
 def _text_conditioning(parts: Components, settled: Settled, encoded: dict[Key, Encoded]) -> Conditioning:
@@ -195,21 +201,23 @@ def _label_conditioning(parts: Components, settled: Settled) -> Conditioning:
     labels = _labels(parts, settled.request)
     if labels is None:
         return Conditioning()
-    return Conditioning(class_labels=torch.tensor(labels, dtype=torch.int64, device=parts.config.device))
+    branches = [(label, parts.null_class)[: settled.branches] for label in labels]
+    return Conditioning(class_labels=torch.tensor(branches, dtype=torch.int64, device=parts.config.device).flatten())
 
 
 def _labels(parts: Components, request: Request) -> tuple[int, ...] | None:
-    """A class for every image."""
+    """What the class embedding of every image is given: a class, or the level of an upscaler's low-resolution image."""
     labels, n = request.class_labels, request.n
-    if parts.family.beside == "low_resolution":
+    if parts.augments:
         if labels is not None:
             raise RequestError(f"class_labels: {parts.name} takes noise_level instead; leave them out")
-        return (noise_level(parts, request),) * n
-    if parts.denoiser.config.class_embedding == "none":
+        level = noise_level(parts, request)
+        return None if parts.denoiser.config.class_embedding == "none" else (level,) * n
+    classes = parts.classes
+    if not classes:
         if labels is not None:
             raise RequestError(f"class_labels: {parts.name} is unconditional; leave them out")
         return None
-    classes = parts.denoiser.config.class_dim
     chosen = (labels,) * n if isinstance(labels, int) else labels
     if chosen is None or len(chosen) != n or not all(0 <= label < classes for label in chosen):
         raise RequestError(f"class_labels: got {labels!r}, expected {n} class numbers from 0 to {classes - 1}")

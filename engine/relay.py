@@ -180,6 +180,8 @@ class Relay:
         if leg.tiles is not None:
             rows |= leg.in_tiles(leg.tiles, rows, n, None if outcome is None else seed)
         settled = settle(parts, Request(**rows))
+        if leg.tiles is not None and leg.enlarges and outcome is not None:
+            settled = leg.enlarge_whole(settled, leg.images(outcome))
         if latents is not None and not leg.goes_on:
             leg.encode(settled, latents)
         size = {"width": leg.width, "height": leg.height, "seeds": settled.seeds[:n], "pictures": Pictures()}

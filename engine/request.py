@@ -49,14 +49,17 @@ class Request:
     (SDXL zeroes the embedding), "" encodes the empty prompt. sigmas: sigma / alpha of every level in place of a
     schedule, descending to 0. deadline: seconds from submission; a request that has not started by then ends with
     DeadlineMissed, one that runs goes on. client: whose request it is; clients get equal shares of the device. model:
-    which of the engine's models.
+    which of the engine's models. dynamic_threshold: percentile of the pixels' absolute values, or (percentile, largest
+    threshold), that every estimate is kept to and divided by; 0: none.
 
     image: what to start from (image to image), to fill in, or to enlarge: anything `conditioning.images.load_image`
     takes. strength: how much of the schedule is run on it, 0 to 1. mask: white is painted anew. change_map: a strength
     for every pixel. resample: (jump length, times) of RePaint. noise_level: of the low-resolution image of an upscaler.
-    controls: ControlNets. denoising_start, denoising_end: the part of the schedule to run; with a start, `latents` are
-    what another model left. upscale: "NAME" or "NAME:FACTOR", an upscaler of the engine that enlarges the images at the
-    end ("lanczos:2"). output: None for "pil".
+    blur: standard deviation in its pixels of a Gaussian blur before that noise; None or 0: none.
+    controls: ControlNets. loras: (name, strength) of LoRAs that were loaded with the model. denoising_start,
+    denoising_end: the part of the schedule to run; with a start, `latents` are what another model left. upscale: "NAME"
+    or "NAME:FACTOR", an upscaler of the engine that enlarges the images at the end ("lanczos:2"). output: None for
+    "pil".
 
     Of a network of your own (docs/user_networks.md): shape of a sample where the network leaves it open; conditioning
     and, with guidance, negative_conditioning [1 or n, *]; latents and image are tensors [n, *shape], mask and
@@ -74,6 +77,7 @@ class Request:
     steps: int | None = None
     guidance_scale: float | None = None
     guidance_rescale: float = 0.0
+    dynamic_threshold: float | tuple[float, float] | None = None
     sampler: str | None = None
     schedule: str | None = None
     sigmas: tuple[float, ...] | None = None
@@ -97,7 +101,9 @@ class Request:
     strength: float | None = None
     resample: tuple[int, int] | None = None
     noise_level: int | None = None
+    blur: float | None = None
     controls: tuple[Control, ...] = ()
+    loras: tuple[tuple[str, float], ...] = ()
     denoising_start: float | None = None
     denoising_end: float | None = None
     upscale: str | None = None

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ..kernels import sampler_step
 from ..kernels.dispatch import Site
 from ..kernels.sampler_step.columns import Column
-from .batch import WINDOW, Batch, State
+from .batch import WINDOW, Batch, Needs, State
 from .binding import Binder
 from .calibration import Calibration, Curve, measure_curve, seconds_of
 from .compile import Compiled
@@ -31,6 +31,7 @@ from .determinism import fixed_algorithms
 from .errors import DeviceError, RequestError
 from .graphs import Captures, CudaRecorder, Recorder, planned_sizes
 from .sampling.guidance import rescale_weights
+from .sampling.limits import bounded, limits, raw_estimate
 
 
 class Before(NamedTuple):
@@ -40,14 +41,14 @@ class Before(NamedTuple):
     batch: Batch
 
     def denoised(self, rows: list[int]) -> Tensor:
-        """The denoised estimate D = clamp(p x + q sum_j w_j F_j) [n, C, h, w] of the rows at these positions."""
+        """The denoised estimate D [n, C, h, w] of the rows at these positions, clamped or kept to its limit."""
         state, x = self.batch.state, self.x[rows]
         lines = state.table[rows, (state.update - 1 - state.first_line)[rows]]
-        p, q, bound = (lines[:, column, None, None, None] for column in (Column.P, Column.Q, Column.CLAMP))
         outputs = state.outputs[state.model_rows[rows]][:, :, : x.shape[1]].to(x.dtype)
         weights = rescale_weights(outputs, state.weights[rows], state.rescale[rows]).to(x.dtype)
-        total = (weights[:, :, None, None, None] * outputs).sum(1)
-        return (p * x + q * total).clamp(-bound, bound)
+        raw = raw_estimate(x, outputs, weights, lines)
+        limit = limits(raw, state.threshold[rows]) if self.batch.limited else None
+        return bounded(raw, lines[:, Column.CLAMP], limit)
 
 
 class Runner:
@@ -65,11 +66,10 @@ class Runner:
         self.calibration = Calibration.of(parts) if calibration is None else calibration
         self.step = Site(sampler_step)
         self.binder = Binder(self.step, config)
-        guided = parts.family.text != "none" and parts.denoiser.config.time_cond_dim is None
         self.padded = self.mode != "eager" or config.deterministic > 1
-        self.width = 2 if guided and self.padded else 1
+        self.width = 2 if parts.guided and self.padded else 1
         self.sizes = self._sizes(config.max_rows, self.width)
-        self.compiled: dict[tuple[str, ...], Compiled] = {}  # by the ControlNets of the rows
+        self.compiled: dict[tuple[tuple[str, ...], bool], Compiled] = {}  # ControlNets, and whether there are LoRAs
         if self.mode == "compiled":
             self._compile(())
         if recorder is None and self.mode != "eager" and config.device.type == "cuda":
@@ -114,7 +114,7 @@ class Runner:
                 self._replay(batch, self._planned(batch, batch.model_rows))
             else:
                 state = batch.prefix(len(batch), batch.model_rows)
-                self._run(state, batch.controls, batch.draws, batch.rescaled, batch.masked, self._forward_rows(state))
+                self._run(state, batch.controls, batch.needs, self._forward_rows(state, batch.controls))
         batch.advance()
         return before
 
@@ -160,6 +160,7 @@ class Runner:
                 planned_sizes(rows * batch.width),
                 measure,
                 budget_s=budget_s,
+                controls=batch.controls,
                 progress=progress,
             )
         finally:
@@ -199,10 +200,11 @@ class Runner:
     def _planned(self, batch: Batch, model_rows: int) -> int:
         return next(n for n in self._sizes(batch.capacity, batch.width) if n >= model_rows)
 
-    def _forward_rows(self, state: State) -> int:
-        """The most model rows of one forward of an update of this state."""
-        size, latent, scale = len(state.model_input), state.x.shape[-2:], self.parts.scale
-        return self.config.forward_rows or self.calibration.forward_rows((latent[0] * scale, latent[1] * scale), size)
+    def _forward_rows(self, state: State, controls: tuple[str, ...]) -> int:
+        """The most model rows of one forward of an update of this state, whose rows have these ControlNets."""
+        count, latent, scale = len(state.model_input), state.x.shape[-2:], self.parts.scale
+        size = latent[0] * scale, latent[1] * scale
+        return self.config.forward_rows or self.calibration.forward_rows(size, count, controls)
 
     def _forward_shapes(self) -> int:
         """How many numbers of model rows a forward may have for one size of images."""
@@ -211,17 +213,16 @@ class Runner:
 
     def _replay(self, batch: Batch, size: int, only_record: bool = False, forward_rows: int | None = None) -> None:
         """An update of `size` model rows, and of as many rows as could need them."""
-        rescaled = batch.rescaled
-        state = batch.prefix(min(size, batch.capacity), size)
-        always = self.captures is not None or bool(self.config.deterministic)  # idle rows cost the kernel nothing
-        draws, masked = 2 if always else batch.draws, always or batch.masked
-        most = self._forward_rows(state) if forward_rows is None else forward_rows
-        run = partial(self._run, state, batch.controls, draws, rescaled, masked, most)
+        state, needs = batch.prefix(min(size, batch.capacity), size), batch.needs
+        if self.captures is not None or self.config.deterministic:  # idle rows cost the kernel nothing
+            needs = needs._replace(draws=2, masked=True)
+        most = self._forward_rows(state, batch.controls) if forward_rows is None else forward_rows
+        run = partial(self._run, state, batch.controls, needs, most)
         changed = _changed(state)
         if self.captures is not None:
             self._forget_outgrown(self.captures, batch)
             act = self.captures.capture if only_record else self.captures.replay
-            act((batch.state, size, rescaled, most), run, changed)
+            act((batch.state, size, needs, most), run, changed)
         elif only_record:
             saved = [tensor.clone() for tensor in changed]
             run()
@@ -235,18 +236,13 @@ class Runner:
             self._replay(batch, model_rows, forward_rows=forward_rows)
         else:
             state = batch.prefix(-(-model_rows // batch.width), model_rows)
-            self._run(state, batch.controls, batch.draws, batch.rescaled, batch.masked, forward_rows)
+            self._run(state, batch.controls, batch.needs, forward_rows)
 
-    def _run(
-        self, state: State, controls: tuple[str, ...], draws: int, rescaled: bool, masked: bool, forward_rows: int
-    ) -> None:
+    def _run(self, state: State, controls: tuple[str, ...], needs: Needs, forward_rows: int) -> None:
         """The update itself. All memory is taken before anything changes."""
         self._evaluate(state, controls, forward_rows)
-        weights = state.weights
-        if rescaled:
-            branches = state.outputs[state.model_rows][:, :, : state.x.shape[1]]
-            changed = rescale_weights(branches, weights, state.rescale).to(weights.dtype)
-            weights = torch.where(state.rescale[:, None] == 0, weights, changed)
+        weights, limit = _statistics(state, needs)
+        draws, masked = needs.draws, needs.masked
         step = partial(
             self.step,
             *(state.x, state.base, state.history, state.outputs, state.table, state.update, weights, state.seeds),
@@ -255,8 +251,10 @@ class Runner:
             known=state.known if masked else None,
             model_rows=state.model_rows,
             first_line=state.first_line,
+            limit=limit,
         )
-        self.binder.bind((tuple(state.outputs.shape), tuple(state.model_rows.shape), draws, masked), step)
+        shapes = tuple(state.outputs.shape), tuple(state.model_rows.shape)
+        self.binder.bind((*shapes, draws, masked, needs.limited), step)
         x, base, history, model_input, bad = step()
         torch._foreach_copy_(
             [state.x, state.base, state.history, state.latent_input],
@@ -267,24 +265,24 @@ class Runner:
 
     def _evaluate(self, state: State, controls: tuple[str, ...], forward_rows: int) -> None:
         """The network's outputs of all model rows, in forwards of at most `forward_rows`."""
-        at = (state.update - state.first_line).clamp(0, WINDOW - 1)  # runs before a capture go beyond the window
-        at, first = at[state.row_of], 0
+        at, first = _line_at(state)[state.row_of], 0
+        adapted = getattr(state.prepared, "loras", None) is not None
         for count in _split(len(at), forward_rows):
             rows = slice(first, first + count)
             inputs = (state.model_input[rows], _rows(state.prepared, rows), at[rows])
-            denoise = partial(self.parts.network(controls), *inputs)
+            denoise = partial(self.parts.adapted(controls) if adapted else self.parts.network(controls), *inputs)
             for binder in self.parts.network_binders(controls):
                 binder.bind((tuple(inputs[0].shape), *_shapes(state.prepared)), denoise)
-            outputs = self._compile(controls)(*inputs) if self.mode == "compiled" else denoise()
+            outputs = self._compile(controls, adapted)(*inputs) if self.mode == "compiled" else denoise()
             state.outputs[rows].copy_(outputs)
             first += count
 
-    def _compile(self, controls: tuple[str, ...]) -> Compiled:
-        if controls not in self.compiled:
-            network = self.parts.network(controls)
+    def _compile(self, controls: tuple[str, ...], adapted: bool = False) -> Compiled:
+        if (controls, adapted) not in self.compiled:
+            network = self.parts.adapted(controls) if adapted else self.parts.network(controls)
             assert isinstance(network, nn.Module), "exported networks run eagerly"
-            self.compiled[controls] = Compiled(network, self._forward_shapes())
-        return self.compiled[controls]
+            self.compiled[controls, adapted] = Compiled(network, self._forward_shapes())
+        return self.compiled[controls, adapted]
 
     def _forget_outgrown(self, captures: Captures, batch: Batch) -> None:
         """Captures of a batch that has grown since hold tensors that nobody uses any more."""
@@ -297,6 +295,26 @@ class Runner:
         batch = self._idle.pop(bucket)
         if self.captures is not None:
             self.captures.forget(batch.state)
+
+
+def _statistics(state: State, needs: Needs) -> tuple[Tensor, Tensor | None]:
+    """The guidance weights and, where a row has one, the limits of this update, from the network's outputs."""
+    weights, limit = state.weights, None
+    if not (needs.rescaled or needs.limited):
+        return weights, limit
+    branches = state.outputs[state.model_rows][:, :, : state.x.shape[1]]
+    if needs.rescaled:
+        changed = rescale_weights(branches, weights, state.rescale).to(weights.dtype)
+        weights = torch.where(state.rescale[:, None] == 0, weights, changed)
+    if needs.limited:
+        lines = state.table.take_along_dim(_line_at(state)[:, None, None], 1).squeeze(1)
+        limit = limits(raw_estimate(state.x, branches, weights, lines), state.threshold)
+    return weights, limit
+
+
+def _line_at(state: State) -> Tensor:
+    """The line of its window every row is at, int64 [R]. Runs before a capture go beyond the window."""
+    return (state.update - state.first_line).clamp(0, WINDOW - 1)
 
 
 def _split(model_rows: int, most: int) -> list[int]:

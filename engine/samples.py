@@ -16,7 +16,7 @@ from .runtimes.user_network import UserNetwork, folded
 
 IMAGES_ONLY = ("prompt", "prompt_2", "negative_prompt", "negative_prompt_2", "prompt_embeds", "negative_prompt_embeds",
                "pooled_prompt_embeds", "negative_pooled_prompt_embeds", "clip_skip", "class_labels", "width", "height",
-               "noise_level", "upscale")  # fmt: skip
+               "noise_level", "blur", "upscale")  # fmt: skip
 USER_ONLY = ("shape", "conditioning", "negative_conditioning")
 
 
@@ -46,6 +46,8 @@ def check_user_request(net: UserNetwork, name: str, request: Request) -> None:
             raise RequestError(f"{field}: {name} is a network of its own, without text or pixels; leave it out")
     if request.controls:
         raise RequestError(f"controls: {name} is a network of its own; leave them out")
+    if request.loras:
+        raise RequestError(f"loras: {name} is a network of its own; leave them out")
     if request.output == "pil":
         raise RequestError(f"output: got 'pil', but {name} makes samples, not pictures; use 'pt', 'np' or 'latent'")
     for field in ("conditioning", "negative_conditioning"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -10,10 +11,11 @@ from typing import Any
 import torch
 
 from . import imaging
-from .components import Components
+from .components import DEFAULTS_FILE, Components
 from .controls import describe, settle_controls
 from .errors import CheckpointError, RequestError
 from .imaging import Pictures
+from .loras import Asked
 from .prompting import check_prompts
 from .request import Control, Request
 from .runtimes.user_network import folded
@@ -21,13 +23,18 @@ from .samples import require_negative, sample_shape
 from .sampling.planning import make_plan
 from .sampling.update import Plan
 
+AWAY = ("negative_prompt", "negative_prompt_2", "negative_prompt_embeds", "negative_pooled_prompt_embeds",
+        "negative_conditioning", "guidance_rescale")  # fmt: skip
+"""Fields that only guidance reads."""
+
 
 @dataclass(frozen=True, eq=False)
 class Settled:
     """A request with every open value decided and checked against the model.
 
     controls: with their pictures read, float32 [height, width, 3] in 0..1. pictures: those it starts from. portion:
-    the part of the schedule it runs. shape: of a sample, where the network is the user's.
+    the part of the schedule it runs. shape: of a sample, where the network is the user's. loras: in the order of their
+    loading.
     """
 
     request: Request
@@ -42,6 +49,7 @@ class Settled:
     pictures: Pictures = field(default_factory=Pictures)
     portion: Mapping[str, float | None] = field(default_factory=dict)
     shape: tuple[int, ...] | None = None
+    loras: Asked = ()
 
     @property
     def control_names(self) -> tuple[str, ...]:
@@ -58,7 +66,9 @@ class Settled:
             "schedule": self.plan.schedule,
             **({"width": self.width, "height": self.height} if self.shape is None else {"shape": list(self.shape)}),
             **{name: value for name, value in self.portion.items() if value is not None},
+            **({"dynamic_threshold": threshold.said} if (threshold := self.plan.dynamic_threshold) else {}),
             **({"controls": [describe(control) for control in self.controls]} if self.controls else {}),
+            **({"loras": [list(pair) for pair in self.loras]} if self.loras else {}),
             **({"upscale": self.request.upscale} if self.request.upscale else {}),
         }
 
@@ -90,8 +100,10 @@ def settle(parts: Components, request: Request) -> Settled:
         s_tmin=request.s_tmin,
         s_tmax=request.s_tmax,
         s_noise=request.s_noise,
+        dynamic_threshold=request.dynamic_threshold,
         **portion,
     )
+    _check_threshold(parts, request, plan)
     plan = imaging.edited(parts, request, plan)
     if plan.learned_variance and parts.denoiser.config.out_channels != 2 * parts.channels:
         raise CheckpointError(
@@ -99,20 +111,18 @@ def settle(parts: Components, request: Request) -> Settled:
             f"{parts.denoiser.config.out_channels} channels, not {2 * parts.channels}; set "
             'variance_type to "fixed_small" in scheduler_config.json'
         )
-    embedded = parts.denoiser.config.time_cond_dim is not None
-    branches = 2 if guidance > 1 and not embedded and parts.family.text != "none" else 1
+    branches = _branches(parts, guidance)
     warnings = list(resized) if (width, height) == natural else []
-    negative = "negative_prompt" if parts.user is None else "negative_conditioning"
-    if branches == 1 and (request.negative_prompt or request.negative_prompt_embeds is not None
-                          or request.negative_conditioning is not None):  # fmt: skip
-        warnings.append(f"{negative} has no effect without guidance (guidance_scale <= 1, or a distilled model)")
+    warnings += _unused(parts, request, branches)
     if branches == 2 and parts.user is not None:
         require_negative(parts.name, request)
     controls = settle_controls(parts.controlnets, request.controls, width, height)
+    loras = parts.loras.settle(request.loras)
     first = secrets.randbelow(2**32) if request.seed is None else request.seed
     seeds = tuple(first + i for i in range(request.n))
     said = tuple(warnings)
-    return Settled(request, plan, width, height, guidance, seeds, branches, said, controls, pictures, portion, shape)
+    decided = (request, plan, width, height, guidance, seeds, branches, said, controls, pictures, portion, shape, loras)
+    return Settled(*decided)
 
 
 def _check_inputs(parts: Components, request: Request) -> None:
@@ -120,20 +130,63 @@ def _check_inputs(parts: Components, request: Request) -> None:
              "pooled_prompt_embeds", "negative_pooled_prompt_embeds", "clip_skip")  # fmt: skip
     if parts.user is not None:
         return
+    if parts.family.enlarges and parts.config.runtime != "torch":
+        raise RequestError(
+            f"runtime={parts.config.runtime!r}: {parts.name} is an upscaler, which runs from its checkpoint with "
+            "runtime='torch' only"
+        )
     if parts.family.text == "none":
         for name in texts:
             if getattr(request, name) is not None:
                 raise RequestError(
                     f"{name}: {parts.name} takes no text; leave it out"
-                    + (" or give class_labels" if parts.denoiser.config.class_embedding != "none" else "")
+                    + (" or give class_labels" if parts.classes else "")
                 )
         return
     if (request.prompt is None) == (request.prompt_embeds is None):
         raise RequestError("prompt: give either prompt or prompt_embeds, and not both")
     if request.class_labels is not None:
         raise RequestError(f"class_labels: {parts.name} is conditioned on text; leave them out")
+    if request.prompt is None and request.prompt_2 is not None:
+        raise RequestError("prompt_2: prompt_embeds hold what both text encoders make; leave it out")
     if len(parts.text) < 2 and (request.prompt_2 is not None or request.negative_prompt_2 is not None):
         raise RequestError(f"prompt_2: {parts.name} has only one text encoder; leave it out")
+
+
+def _unused(parts: Components, request: Request, branches: int) -> list[str]:
+    """What the request says and nothing reads, as warnings."""
+    said = list[str]()
+    if branches == 1:
+        values = {name: getattr(request, name) for name in AWAY}
+        given = [name for name, value in values.items() if isinstance(value, torch.Tensor) or value]
+        why = "without guidance (guidance_scale <= 1, or a distilled model)"
+        said += [f"{name} has no effect {why}" for name in given]
+    if (request.guidance_scale or 0) > 1 and not parts.guided and parts.denoiser.config.time_cond_dim is None:
+        said.append(f"guidance_scale has no effect: {parts.name} has nothing to be guided away from")
+    if not request.s_churn:
+        kept = {"s_tmin": 0.0, "s_tmax": math.inf, "s_noise": 1.0}
+        said += [f"{name} has no effect without s_churn" for name, own in kept.items() if getattr(request, name) != own]
+    elif request.s_tmin > request.s_tmax:
+        said.append(f"s_churn has no effect: no level lies between s_tmin={request.s_tmin} and s_tmax={request.s_tmax}")
+    return said
+
+
+def _branches(parts: Components, guidance: float) -> int:
+    if guidance > 1 and parts.classes and parts.null_class is None:
+        raise RequestError(
+            f"guidance_scale: got {guidance}, but {parts.name} does not say which class stands for none; use 1, or set "
+            f"null_class in its {DEFAULTS_FILE}"
+        )
+    return 2 if guidance > 1 and parts.guided else 1
+
+
+def _check_threshold(parts: Components, request: Request, plan: Plan) -> None:
+    if plan.dynamic_threshold is None or not parts.family.latent:
+        return
+    why = f"{parts.name} samples latents, which have no range of values to be kept to"
+    if request.dynamic_threshold is None:
+        raise CheckpointError(f"{why}, but its scheduler_config.json has `thresholding: true`; set it to false")
+    raise RequestError(f"dynamic_threshold: {why}; leave it out")
 
 
 def _size(parts: Components, request: Request, natural: tuple[int, int] | None) -> tuple[int, int]:

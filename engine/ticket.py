@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 class Bucket(NamedTuple):
     """Rows with equal buckets can share a forward: size in pixels, tokens of the prompt, whether it is masked, the
-    ControlNets, and the model.
+    ControlNets, the model, and how many LoRAs a row has.
     """
 
     height: int
@@ -32,6 +32,7 @@ class Bucket(NamedTuple):
     masked: bool
     controls: tuple[str, ...] = ()
     model: str | None = None
+    loras: int = 0
 
 
 @dataclass(eq=False)
@@ -100,7 +101,8 @@ class Ticket:
         masked = self.conditioning is not None and self.conditioning.kv_len is not None
         tokens = None if hidden is None else hidden.shape[1]
         settled = self.settled
-        return Bucket(settled.height, settled.width, tokens, masked, settled.control_names, self.model.name)
+        chosen = settled.control_names, self.model.name, len(settled.loras)
+        return Bucket(settled.height, settled.width, tokens, masked, *chosen)
 
     @property
     def size(self) -> tuple[int, int]:

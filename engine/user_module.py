@@ -31,7 +31,7 @@ STATED = {
 }
 """Of a schedule that does not say it itself."""
 CHECKPOINT_ONLY = ("runtime", "vae_dtype", "decode_rows", "variant", "download", "vae_tiling", "transforms",
-                   "controlnets", "safety")  # fmt: skip
+                   "controlnets", "loras", "safety")  # fmt: skip
 Schedule = str | Mapping[str, Any] | SchedulerConfig | Sequence[float] | Tensor
 
 
@@ -93,7 +93,8 @@ def _told(prediction: str, time: Told | None) -> Told:
 
 
 def _defaults(given: Mapping[str, Any]) -> dict[str, Any]:
-    allowed = tuple(field for field in DEFAULTS if field not in ("width", "height", "noise_level"))
+    images_only = ("width", "height", "noise_level", "null_class", "blur_per_level")
+    allowed = tuple(field for field in DEFAULTS if field not in images_only)
     for field in given:
         if field not in allowed:
             raise RequestError(f"defaults: got {field!r}, {closest(field, allowed)}")

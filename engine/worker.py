@@ -324,7 +324,7 @@ class Worker:
                     pictures = self._enlarge(ticket, ticket.upscaler, pictures)
                 spent = ticket.spent(began, decoded if ticket.upscaler is None else time.perf_counter())
                 result = make_result(parts, ticket.asked, own, pictures, spent, ticket.warnings)
-                result = replace(result, settings={**result.settings, **ticket.model.adapted})
+                result = replace(result, settings=ticket.model.said(result.settings))
                 if ticket.relay is not None:
                     if (following := ticket.relay.follow(result, own, pictures)) is not None:
                         with self._news:
@@ -371,4 +371,4 @@ def _pixels(bucket: Hashable) -> int:
 
 def _network(bucket: Hashable) -> Hashable:
     """What updates of the bucket run through."""
-    return _bucket(bucket).model, _bucket(bucket).controls
+    return _bucket(bucket).model, _bucket(bucket).controls, _bucket(bucket).loras

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from .. import __version__
 from ..engine.artifact import MANIFEST, Graph, Manifest, Port, inside, sha256
-from ..engine.components import DEFAULTS_FILE
+from ..engine.components import DEFAULTS_FILE, NOISING
 from ..engine.errors import RequestError, closest
 from ..engine.families import BUILTIN, builtin_folder
 from ..engine.models.vae import VAEConfig
@@ -28,7 +28,7 @@ from . import onnx, weights
 from .program import DTYPES, trace
 from .spec import GraphSpec, defaults, make_spec
 
-SIDE_FOLDERS = ("tokenizer", "tokenizer_2", "scheduler", "low_res_scheduler")
+SIDE_FOLDERS = ("tokenizer", "tokenizer_2", "scheduler", *NOISING)
 ALIASES = {"fp32": "float32", "fp16": "float16", "half": "float16", "bf16": "bfloat16"}
 REPORTS = ("parity.md", "parity.json")
 PIPELINES = {"StableDiffusionPipeline": "OnnxStableDiffusionPipeline"}

@@ -20,6 +20,7 @@ from ..engine.models.unet import UNet
 from ..engine.models.unet_config import UNetConfig
 from ..engine.models.vae import AutoencoderKL, VAEConfig
 from ..engine.weights.checkpoint import Checkpoint
+from ..engine.weights.detect import TWO_IMAGES
 from ..kernels.sampler_step.columns import HISTORY, Column
 from . import graphs
 from .profiles import declare
@@ -161,7 +162,8 @@ def _update(checkpoint: Checkpoint) -> GraphSpec:
     part = _part(checkpoint, "unet")
     net = _network(UNet, UNetConfig.from_diffusers(checkpoint.config(part)))
     conditioning, axes = _denoiser_inputs(net.config, checkpoint)
-    if net.config.in_channels != net.config.out_channels:
+    second_image = checkpoint.components[part] == "UNet2DModel" and net.config.in_channels in TWO_IMAGES
+    if net.config.in_channels != net.config.out_channels or second_image:
         raise RequestError("update: this U-Net reads more channels than it predicts; export 'unet' instead")
     channels = net.config.in_channels
     state = ("rows", channels, "height", "width")

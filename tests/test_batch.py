@@ -28,6 +28,7 @@ def arrivals(seed: int, rows: int, branches: int, updates: int) -> Arrivals:
         table=table,
         weights=[2.5, -1.5][:branches],
         rescale=0.25 * (seed % 2),
+        threshold=(0.9 + seed / 100, 1.5) if seed % 3 else None,
         seeds=[2**62 + seed + i for i in range(rows)],
         draws=seed % 3,
         channels=4,
@@ -56,6 +57,7 @@ def check(batch: Batch, expected: dict[tuple[int, int], Arrivals]) -> None:
         assert not state.table[position, lines:].any()
         assert state.weights[position].tolist() == new.weights + [0.0] * (batch.width - branches)
         assert state.rescale[position] == new.rescale
+        assert state.threshold[position].tolist() == list(new.threshold or (0.0, 0.0))
         assert state.seeds[position] == new.seeds[i]
         if new.mask is not None:
             assert torch.equal(state.mask[position], new.mask[i])
@@ -77,6 +79,8 @@ def check(batch: Batch, expected: dict[tuple[int, int], Arrivals]) -> None:
     assert batch.draws == max((new.draws for new in expected.values()), default=0)
     assert batch.rescaled == any(new.rescale > 0 for new in expected.values())
     assert batch.masked == any(new.mask is not None for new in expected.values())
+    assert batch.limited == any(new.threshold is not None for new in expected.values())
+    assert batch.needs == (batch.draws, batch.rescaled, batch.limited, batch.masked)
 
 
 @settings(max_examples=60, deadline=None)
@@ -182,7 +186,7 @@ def test_bytes_count_every_tensor() -> None:
     assert batch.bytes == 0
     new = arrivals(1, 1, 1, 2)
     batch.join(dataclasses.replace(new, prepared=Prepared(time=new.prepared.time), concat=None), ["a"])
-    image, integers = 4 * 4 * 3 * 5, 8 * (4 + 1)  # update, first_line, seeds, model_rows; row_of
+    image, eights = 4 * 4 * 3 * 5, 8 * (4 + 1 + 2)  # update, first_line, seeds, model_rows; row_of; threshold
     floats = 4 * (WINDOW * len(Column) + 1 + 1 + WINDOW * FEATURES)
     mask, known = image // 4, 2 * image
-    assert batch.bytes == image * (1 + 1 + 3 + 1 + 2) + mask + known + integers + floats + 1
+    assert batch.bytes == image * (1 + 1 + 3 + 1 + 2) + mask + known + eights + floats + 1

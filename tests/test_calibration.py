@@ -9,13 +9,15 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from stepfuse import Engine
+from stepfuse import Control, Engine
 from stepfuse.engine.calibration import GAIN, SPLIT_GAIN, Calibration, Curve, Point, identity, measure_curve
 from stepfuse.engine.errors import RequestError
 from stepfuse.engine.graphs import planned_sizes
+from stepfuse.engine.ticket import Bucket
 
 SIZE: dict[str, Any] = {"width": 32, "height": 32}
 BUCKET = (64, 32, 77, False)
@@ -176,7 +178,7 @@ def test_a_running_engine_is_measured_without_changing_its_images(cache: Path) -
         undisturbed = engine.generate("a red circle", **{**request, "steps": 60}).latents
         assert float((other.result().latents - undisturbed).norm() / undisturbed.norm()) <= 1e-4
     with Engine.load("shapes", device="cpu", max_rows=2) as engine:
-        assert engine.models[None].runner.calibration.curves == {(32, 32): curve}
+        assert engine.models[None].runner.calibration.curves == {((32, 32), ()): curve}
         assert "calibration: read from" in engine.explain()
         key = identity(engine.components)
         assert json.loads(next((cache / "calibration").iterdir()).read_text())["key"] == key
@@ -197,6 +199,36 @@ def test_a_measured_preference_for_halves_is_followed() -> None:
         engine.generate("a circle", steps=1, width=40, height=32)
         hook.remove()
         assert forwards[4:] == [2], "another size was not measured"
+
+
+def test_updates_with_controlnets_have_curves_of_their_own(cache: Path) -> None:
+    with Engine.load("shapes", device="cpu", max_rows=1, controlnets={"silhouette": "shapes-silhouette"}) as engine:
+        forwards: list[int] = []
+        hook = engine.components.denoiser.register_forward_pre_hook(lambda _, args: forwards.append(len(args[0])))
+        calibration = engine.models[None].runner.calibration
+        engine.warmup(**SIZE, controls=["silhouette"], calibrate=True)
+        (curve,) = calibration.curves.values()
+        assert (curve.controls, curve.height, curve.width) == (("silhouette",), 32, 32)
+        assert "32 x 32 with silhouette: knee at" in engine.explain()
+        plain, controlled = Bucket(32, 32, 24, False), Bucket(32, 32, 24, False, ("silhouette",))
+        assert (calibration.cap(plain), calibration.cap(controlled)) == (None, curve.knee)
+        assert calibration.cost(controlled, 2) == curve.seconds(2)
+        assert calibration.cost(plain, 2) == 1.0, "nothing of its kind was measured"
+        halves = dataclasses.replace(timed({2: 2.0}, {2: 1.0}), height=32, width=32, controls=("silhouette",))
+        calibration.add(halves)
+        forwards.clear()
+        control = Control(name="silhouette", image=np.zeros((32, 32), np.uint8))
+        engine.generate("a circle", steps=1, guidance_scale=3.0, controls=(control,), **SIZE)
+        assert forwards == [1, 1]
+        engine.generate("a circle", steps=1, guidance_scale=3.0, **SIZE)
+        hook.remove()
+        assert forwards[2:] == [2], "without the ControlNet nothing was measured"
+        plainly = dataclasses.replace(timed({2: 2.0}), height=32, width=32)
+        calibration.add(plainly)
+        assert len(calibration.curves) == 2
+    assert Calibration(calibration.key, cache).curves == {plainly.kind: plainly}
+    kept = json.loads(next((cache / "calibration").iterdir()).read_text())["curves"]
+    assert [entry["controls"] for entry in kept] == [[]], "another process may give the name to another ControlNet"
 
 
 def test_rows_above_max_rows_are_not_measured() -> None:

@@ -425,7 +425,7 @@ def test_the_bound_of_the_queue_counts_all_stages_once(parts: Components) -> Non
     with Engine(dataclasses.replace(parts, config=config)) as engine:
         engine.generate("a circle", cascade=HIRES, steps=8, **SIZE)
         costs = engine._worker._costs
-        small, large = costs._seconds[None, ()][32 * 32], costs._seconds[None, ()][64 * 64]
+        small, large = costs._seconds[None, (), 0][32 * 32], costs._seconds[None, (), 0][64 * 64]
         for times, seconds in ((small, 0.01), (large, 0.5)):
             times.update(dict.fromkeys(times, seconds))
         held = engine.submit("a circle", steps=50, **SIZE)

@@ -259,6 +259,7 @@ KNOWN: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "sdxl_refiner": (XL | {"text_encoder": [None, None]}, {"addition_embed_type": "text_time"}),
     "pixel": ({"unet": PLAIN}, {"in_channels": 3}),
     "pixel_class": ({"unet": PLAIN}, {"in_channels": 3, "num_class_embeds": 10}),
+    "pixel_upscaler": ({"unet": PLAIN}, {"in_channels": 6, "class_embed_type": "timestep"}),
     "ldm": (VQ, {"in_channels": 3}),
     "ldm_super_resolution": (VQ, {"in_channels": 6}),
 }

@@ -127,6 +127,8 @@ def test_loras_and_learned_words_change_the_picture(stepfuse, tmp_path: Path) ->
         (["generate", "x", "--lora", "absent.safetensors:0.8"], 3, "LoRA absent.safetensors: no such file"),
         (["generate", "x", "--embedding", "absent.safetensors"], 3, "embedding absent.safetensors: no such file"),
         (["generate", "x", "--image", "no.png"], 2, "image: no file 'no.png'"),
+        (["generate", "x", "--image", "in.png", "--mask", "no.png"], 2, "mask: no file 'no.png'"),
+        (["generate", "x", "--image", "https://a.com/b.png"], 2, "nothing is downloaded"),
         (["generate", "x", "--strength", "0.5"], 2, "strength: got one without an image"),
         (["generate", "x", "--outpaint", "1,2,3"], 2, "expected L,R,T,B in pixels"),
         (["generate", "x", "--outpaint", "0,0,0,0"], 2, "expected L,R,T,B in pixels"),

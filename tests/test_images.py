@@ -1,6 +1,7 @@
 """Pictures and masks that users give: every form becomes the same array, and everything else is a clear error."""
 
 import io
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,10 @@ from stepfuse.engine.conditioning import images
 from stepfuse.engine.conditioning.images import load_image, load_mask, resize
 from stepfuse.engine.errors import RequestError
 
+HEADER = b"IHDR" + b"\0\0\0\x02" * 2 + b"\x01\0\0\0\0"  # 2 x 2 pixels of one bit
+LARGE = b"IHDR" + (50_000).to_bytes(4, "big") * 2 + HEADER[12:]
+HUGE = tuple(header + zlib.crc32(header).to_bytes(4, "big") for header in (HEADER, LARGE))
+"""What to replace in a file of 2 x 2 pixels, and by what, so that it says 50000 x 50000."""
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 4, 3), dtype=np.uint8)
 
 
@@ -50,6 +55,11 @@ def test_a_picture_is_turned_as_exif_says():
     exif[0x0112] = 6  # turned by a quarter to the right when shown
     found = load_image(encoded(Image.fromarray(PIXELS), "PNG", exif=exif))
     np.testing.assert_allclose(found, np.rot90(PIXELS, -1) / 255.0, atol=1e-6)
+
+
+def test_the_colours_of_print_are_read():
+    flat = Image.new("CMYK", (8, 8), (0, 0, 0, 51))
+    np.testing.assert_allclose(load_image(encoded(flat, "JPEG", quality=100)), np.full((8, 8, 3), 0.8), atol=0.02)
 
 
 def test_transparency_shows_white():
@@ -95,6 +105,12 @@ def test_resize_is_lanczos_and_stays_in_range():
     ("given", "words"),
     [
         ("/no/such/file.png", "no file"),
+        (__file__, "not a PNG, JPEG or WebP"),
+        (Path(__file__).parent, "is a folder"),
+        ("https://example.com/a.png", "nothing is downloaded"),
+        (Path("https://example.com/a.png"), "nothing is downloaded"),
+        ("iVBORw0KGgo" * 1000, r"no file 'iVBORw0KGgo[^']{0,200}\.\.\.'$"),
+        (b"", "not a PNG, JPEG or WebP"),
         (b"GIF89a not really", "not a PNG, JPEG or WebP"),
         (encoded(Image.new("RGB", (4, 4)), "GIF"), "not a PNG, JPEG or WebP"),
         (
@@ -108,9 +124,13 @@ def test_resize_is_lanczos_and_stays_in_range():
         (np.full((2, 2), np.nan), "0..1"),
         (7, "got int"),
         (encoded(Image.new("1", (9000, 9000))), "at most"),
+        (encoded(Image.new("1", (2, 2))).replace(*HUGE), r"^image: at most 16777216 .* pixels are read"),
+        (Image.new("RGB", (0, 4)), "0 x 4 pixels, so there is no picture"),
+        (Image.new("F", (4, 4), 0.5), "floats in 0..1"),
     ],
-    ids=["file", "bytes", "format", "cut", "channels", "empty", "dtype", "range", "nan", "type", "bomb"],
-)
+    ids=["file", "text", "folder", "address", "path of an address", "base64", "nothing", "bytes", "format", "cut",
+         "channels", "empty", "dtype", "range", "nan", "type", "bomb", "huge", "no pixels", "float picture"],
+)  # fmt: skip
 def test_what_cannot_be_read_is_an_error_that_says_so(given: Any, words: str):
     with pytest.raises(RequestError, match=words) as caught:
         load_image(given, "image")

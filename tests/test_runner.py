@@ -192,7 +192,8 @@ def test_recordings_of_outgrown_buffers_are_dropped(graph: Engine) -> None:
     (batch,) = runner._idle.values()
     assert runner.captures.captured == 2
     assert len(runner.captures) == 1
-    assert (batch.state, 8, False, 8) in runner.captures
+    needs = batch.needs._replace(draws=2, masked=True)
+    assert (batch.state, 8, needs, 8) in runner.captures
 
 
 def test_warm_up_records_every_planned_size_largest_first(parts: Components) -> None:
@@ -270,7 +271,7 @@ def test_compilations_are_allowed_for_every_number_of_rows_in_a_forward(parts: C
     runner = Runner(configured(parts, runner="compiled", forward_rows=most))
     shapes = {n for size in planned_sizes(8) for n in runner_module._split(size, most)}
     assert shapes == {1: {1}, 3: {1, 2, 3}, 8: set(planned_sizes(8))}[most]
-    assert runner.compiled[()].sizes >= len(shapes)
+    assert runner.compiled[(), False].sizes >= len(shapes)
 
 
 @pytest.mark.parametrize(
@@ -299,15 +300,15 @@ def test_nothing_is_compiled_anew_when_sampler_steps_guidance_or_seed_change(par
     compiled = configured(parts, runner="compiled")
     runner, graphs = Runner(compiled), []
     backend = lambda graph, _: (graphs.append(graph), graph.forward)[1]  # noqa: E731
-    runner.compiled[()] = Compiled(parts.denoiser, len(runner.sizes), backend=backend)
+    runner.compiled[(), False] = Compiled(parts.denoiser, len(runner.sizes), backend=backend)
     with Engine(compiled, runner) as engine:
         engine.warmup(**SIZE, rows=2)
-        assert len(graphs) == runner.compiled[()].count == len(planned_sizes(4))
+        assert len(graphs) == runner.compiled[(), False].count == len(planned_sizes(4))
         for request, found in zip(UNLIKE[:4], [engine.generate(request) for request in UNLIKE[:4]], strict=True):
             assert relative(found.latents, eager.generate(request).latents) <= SOLO
         for found, request in zip(engine.generate(list(UNLIKE[:2])), UNLIKE[:2], strict=True):
             assert relative(found.latents, eager.generate(request).latents) <= SOLO
-        assert len(graphs) == runner.compiled[()].count == len(planned_sizes(4))
+        assert len(graphs) == runner.compiled[(), False].count == len(planned_sizes(4))
         assert f"compiled {len(graphs)} shapes" in engine.explain()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -276,6 +277,51 @@ def test_learned_variances_equal_diffusers(
         assert gap == 0
         assert error <= 1e-10, steps
         assert plan.learned_variance == (steps > 1 or spacing == "trailing")  # the step from timestep 0 draws nothing
+
+
+def far(x: torch.Tensor, timestep: float) -> torch.Tensor:
+    """A prediction whose estimates leave -1..1 at every level."""
+    return 3.0 * network(x, timestep)
+
+
+def far_with_variance(x: torch.Tensor, timestep: float) -> torch.Tensor:
+    return torch.cat((far(x, timestep), with_variance(x, timestep)[:, x.shape[1] :]), 1)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize(
+    ("sampler", "changed"),
+    [
+        ("ddim", {}),
+        ("ddim", {"eta": 0.6}),
+        ("ddpm", {}),
+        ("ddpm", {"variance_type": "learned_range"}),
+        ("dpmpp_2m", {}),
+        ("dpmpp_2m", {"solver_order": 3}),
+        ("dpmpp_2m", {"algorithm_type": "sde-dpmsolver++"}),
+        ("lcm", {}),
+    ],
+)
+@pytest.mark.parametrize(("ratio", "most"), [(0.95, 1.5), (0.8, 100.0), (0.995, 1.0)])
+def test_dynamic_thresholding_equals_diffusers(
+    sampler: str, changed: dict[str, Any], ratio: float, most: float, prediction: str
+) -> None:
+    options, call = dict(changed), far_with_variance if "variance_type" in changed else far
+    eta = {"eta": options.pop("eta")} if "eta" in options else {}
+    config = {**PIXEL, "variance_type": "fixed_small", "_class_name": CLASS_NAMES[sampler], **options}
+    config |= {"thresholding": True, "dynamic_thresholding_ratio": ratio, "sample_max_value": most}
+    config |= {"prediction_type": prediction, "clip_sample": sampler != "dpmpp_2m"}
+    for steps in (2, 11):
+        plan, gap, error = compare(config, sampler, steps, call=call, **eta)
+        assert gap <= 1e-9
+        assert error <= 1e-12, steps
+        assert all(math.isinf(u.clamp) for u in plan.updates)
+    off = make_plan(SchedulerConfig.from_diffusers(config), steps=11, sampler=sampler, dynamic_threshold=0, **eta)
+    unit, noises = draw(1, 7)[0], draw(34, 8)
+    ends = [run(p, unit * p.init_scale, call, noises)[-1] for p in (plan, off)]
+    assert off.dynamic_threshold is None
+    same = config["clip_sample"] and most == 1.0  # clipping to -1..1
+    assert (worst(ends[:1], ends[1:]) <= 1e-12) == same
 
 
 @pytest.mark.parametrize("sampler", ["ddim", "dpmpp_2m", "euler"])

@@ -200,7 +200,8 @@ def test_bad_configurations(changed: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("changed", "sampler", "message"),
     [
-        ({"thresholding": True}, "ddim", "thresholding"),
+        ({"thresholding": True, "dynamic_thresholding_ratio": 0.0}, "ddim", "above 0, up to 1"),
+        ({"thresholding": True, "sample_max_value": 0.5}, "ddpm", "at least 1"),
         ({"prediction_type": "flow_prediction"}, "euler", "beta schedule"),
         ({"use_flow_sigmas": True}, "dpmpp_2m", "flow"),
         ({"algorithm_type": "dpmsolver"}, "dpmpp_2m", "dpmsolver"),

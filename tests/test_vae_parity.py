@@ -1,4 +1,4 @@
-"""Autoencoders against diffusers in float64, and decoding in bounded memory against decoding at once."""
+"""Autoencoders against diffusers in float64, and in tiles against the whole picture at once."""
 
 from __future__ import annotations
 
@@ -7,14 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from reference.networks import VAES, build_network
 from reference.parity import GATE, error, ours
 from reference.random_weights import normal
 from torch import Tensor
 
 from stepfuse.engine.errors import CheckpointError
-from stepfuse.engine.models.vae import AutoencoderKL, VAEConfig, VQModel, from_model, to_model
-from stepfuse.engine.models.vae_tiling import tiled
+from stepfuse.engine.models.vae import AutoencoderKL, Gaussian, VAEConfig, VQModel, from_model, to_model
+from stepfuse.engine.models.vae_tiling import tiled, tiled_encode
 
 SIZES = {"square": (8, 8), "odd": (5, 7)}
 
@@ -100,31 +101,74 @@ def test_small_latents_are_decoded_at_once(decoder: AutoencoderKL) -> None:
     assert torch.equal(tiled(decoder.decode, latents, tile=16, overlap=4), decoder.decode(latents))
 
 
+def deviation(found: Tensor, whole: Tensor, seams: list[int], scale: int = 1) -> tuple[float, float]:
+    """Size of the deviation of [R, C, h, w], and its largest mean step across a column before which a seam stands over
+    its mean step everywhere. seams: in latents; scale: columns per latent."""
+    difference = found - whole
+    steps = (difference[..., 1:] - difference[..., :-1]).abs().mean((0, 1, 2))
+    worst = max(float(steps[scale * seam - 1] / steps.mean()) for seam in seams)
+    return float(difference.norm() / whole.norm()), worst
+
+
 @torch.inference_mode()
 def test_tiled_decode_has_no_seams(decoder: AutoencoderKL) -> None:
     """The deviation from the untiled image steps no more across lines where tiles start or end than elsewhere."""
     latents = normal("stationary", 1, 4, 40, 40)
     whole = decoder.decode(latents)
-
-    def deviation(image: Tensor, seams: list[int]) -> tuple[float, float]:
-        """Its size, and its largest mean step across a seam over its mean step everywhere."""
-        difference = image - whole
-        steps = (difference[..., 1:] - difference[..., :-1]).abs().mean((0, 1, 2))
-        worst = max(float(steps[8 * seam - 1] / steps.mean()) for seam in seams)
-        return float(difference.norm() / whole.norm()), worst
-
     # tiles of 16 that share 4 start at 0, 12 and 24
-    size, step = deviation(tiled(decoder.decode, latents, tile=16, overlap=4), [12, 16, 24, 28])
+    found = tiled(decoder.decode, latents, tile=16, overlap=4)
+    size, step = deviation(found, whole, [12, 16, 24, 28], 8)
     cut = torch.cat([decoder.decode(part) for part in latents.split(10, 3)], 3)
-    cut_size, cut_step = deviation(cut, [10, 20, 30])
+    cut_size, cut_step = deviation(cut, whole, [10, 20, 30], 8)
     assert step <= 1.3, step  # 1.2 when written
     assert cut_step >= 2.5, cut_step  # the measure sees hard seams: 3.4 when written
     assert size <= 0.6 * cut_size, (size, cut_size)  # group norms see one tile only, so it is not zero
 
 
+@torch.inference_mode()
+def test_tiled_encode_of_a_local_encoder_is_exact() -> None:
+    """Where no latent depends on other pixels than its own, tiles must reproduce both moments of the whole."""
+
+    def shrink(images: Tensor) -> Gaussian:
+        mean = F.avg_pool2d(images, 8)
+        return Gaussian(mean, mean**2)
+
+    for height, width in ((20, 33), (8, 40), (17, 16), (9, 10)):
+        images = normal("tiles", 2, 3, 8 * height, 8 * width)
+        found, whole = tiled_encode(shrink, images, 8, tile=16, overlap=4), shrink(images)
+        assert error(found.mean, whole.mean) <= 1e-14
+        assert error(found.logvar, whole.logvar) <= 1e-14
+
+
+@torch.inference_mode()
+def test_small_pictures_are_encoded_at_once(decoder: AutoencoderKL) -> None:
+    images = normal("small", 1, 3, 128, 96)
+    found, whole = tiled_encode(decoder.encode, images, 8, tile=16, overlap=4), decoder.encode(images)
+    assert torch.equal(found.mean, whole.mean)
+    assert torch.equal(found.logvar, whole.logvar)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("moment", ["mean", "logvar"])
+def test_tiled_encode_has_no_seams(decoder: AutoencoderKL, moment: str) -> None:
+    """As for decoding."""
+    images = normal("stationary", 1, 3, 320, 320)
+    whole = getattr(decoder.encode(images), moment)
+    found = tiled_encode(decoder.encode, images, 8, tile=16, overlap=4)
+    cut = torch.cat([getattr(decoder.encode(part), moment) for part in images.split(80, 3)], 3)
+    size, step = deviation(getattr(found, moment), whole, [12, 16, 24, 28])
+    cut_size, cut_step = deviation(cut, whole, [10, 20, 30])
+    assert step <= 1.4, step  # 1.24 and 1.32 when written
+    assert cut_step >= 2.5, cut_step  # 3.1 and more when written
+    assert size <= 0.6 * cut_size, (size, cut_size)
+
+
 def test_tiles_refuse_an_overlap_that_cannot_blend() -> None:
-    with pytest.raises(ValueError, match=r"overlap 0 with tiles of 16: expected 1 to 8"):
+    message = r"overlap 0 with tiles of 16: expected 1 to 8"
+    with pytest.raises(ValueError, match=message):
         tiled(lambda z: z, torch.zeros(1, 4, 32, 32), tile=16, overlap=0)
+    with pytest.raises(ValueError, match=message):
+        tiled_encode(lambda z: Gaussian(z, z), torch.zeros(1, 3, 64, 64), 2, tile=16, overlap=0)
 
 
 @pytest.mark.parametrize(

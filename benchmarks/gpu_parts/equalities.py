@@ -2,7 +2,8 @@
 
 By default the relative L2 distance of final latents is held against the tolerance of `throughput`. Deterministic, the
 latents of every row must be the same bits alone, among other rows, in another order, beside rows of NaN, and in another
-process. Image to image, inpainting, a ControlNet and cascades beside text to image, in float16: by the tolerance again.
+process. Image to image, inpainting, a ControlNet, LoRAs and cascades beside text to image, in float16: by the tolerance
+again.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from ...engine.engine import Engine
 from ...engine.errors import NumericsError
 from ...engine.request import Control, Job, Request, Result
 from ..mix import Mix
-from ..random_models import with_controlnet
+from ..random_models import with_controlnet, with_loras
 from ..throughput import TOLERANCE
 from .batches import model
 from .restarted import digest
@@ -34,6 +35,8 @@ from .session import Session
 ROWS = 8
 SEED = 5
 CONTROLNET = "random"
+LORAS = {"narrow": 4, "wide": 16}
+"""LoRAs of random weights, and their ranks."""
 
 
 def run(session: Session) -> None:
@@ -104,7 +107,8 @@ def _tolerance(session: Session, engines: Engines) -> dict[str, Any]:
 def _kinds_of_work(session: Session, engines: Engines) -> dict[str, Any]:
     """Requests of every kind in one engine, in float16, against the same ones alone."""
     requests = kinds(session.tiny)
-    with Engine(with_controlnet(_parts(session, engines.name, torch.float16), CONTROLNET)) as engine:
+    parts = with_loras(_parts(session, engines.name, torch.float16), LORAS)
+    with Engine(with_controlnet(parts, CONTROLNET)) as engine:
         jobs = [engine.submit(one, cascade=cascade) for one, cascade in requests.values()]
         together = [job.result() for job in jobs]
         alone = [engine.generate(one, cascade=cascade) for one, cascade in requests.values()]
@@ -137,6 +141,9 @@ def kinds(tiny: bool) -> dict[str, tuple[Request, str | None]]:
         "change map": (one(image=image, change_map=across), None),
         "ControlNet": (one(**control), None),
         "ControlNet, image to image": (one(image=image, strength=0.7, **control), None),
+        "LoRA": (one(loras=(("narrow", 0.8),)), None),
+        "another LoRA, inpainting": (one(loras=(("wide", 0.5),), image=image, mask=across.round()), None),
+        "two LoRAs, ControlNet": (one(loras=tuple((name, 0.4) for name in LORAS), **control), None),
         "cascade": (one(), "hires-fix"),
         "cascade, two images": (one(n=2), "hires-fix"),
     }

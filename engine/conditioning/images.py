@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ from ..errors import RequestError
 FORMATS = ("PNG", "JPEG", "WEBP")
 MOST_PIXELS = 4096 * 4096
 """Refused above, before decoding: a file of 21 KB can hold 13000 x 13000 pixels."""
+TOO_LARGE = f"at most {MOST_PIXELS} (4096 x 4096) pixels are read: shrink it"
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:")
+"""How an address begins; a drive of Windows has one letter."""
 
 
 def load_image(source: Any, name: str = "image") -> NDArray[np.float32]:
@@ -85,15 +89,32 @@ def _channels(source: Any, name: str) -> NDArray[np.float32]:
     if isinstance(source, Image.Image):
         return _from_pil(source, name)
     if isinstance(source, (str, Path)):
-        path = Path(source).expanduser()
-        if not path.is_file():
-            raise RequestError(f"{name}: no file {str(path)!r}")
-        with path.open("rb") as stream:
+        path = _file(source, name)
+        try:
+            stream = path.open("rb")
+        except OSError as error:
+            raise RequestError(f"{name}: {str(path)!r} cannot be opened ({error.strerror})") from None
+        with stream:
             return _decode(stream, name)
     if isinstance(source, (bytes, bytearray, memoryview)):
         return _decode(io.BytesIO(source), name)
     expected = "a path, the bytes of a PNG, JPEG or WebP file, a PIL image or a numpy array"
     raise RequestError(f"{name}: got {type(source).__name__}, expected {expected}")
+
+
+def _file(source: str | Path, name: str) -> Path:
+    path, text = Path(source).expanduser(), str(source)
+    said = repr(text if len(text) <= 200 else f"{text[:200]}...")
+    try:
+        if path.is_file():
+            return path
+        if path.is_dir():
+            raise RequestError(f"{name}: {said} is a folder; give one of its files")
+    except OSError:  # the name is too long for one
+        pass
+    if URL.match(text):
+        raise RequestError(f"{name}: no file {said}: nothing is downloaded; give the file itself, or its bytes")
+    raise RequestError(f"{name}: no file {said}")
 
 
 def _decode(stream: Any, name: str) -> NDArray[np.float32]:
@@ -102,7 +123,9 @@ def _decode(stream: Any, name: str) -> NDArray[np.float32]:
             return _from_pil(image, name)
     except UnidentifiedImageError:
         raise RequestError(f"{name}: not a PNG, JPEG or WebP file; convert it to one of them") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError:  # Pillow's own limit, which is above ours
+        raise RequestError(f"{name}: {TOO_LARGE}") from None
+    except (OSError, SyntaxError, ValueError) as error:
         if isinstance(error, RequestError):
             raise
         # the decoder's own words may hold addresses of this process
@@ -117,6 +140,8 @@ def _from_pil(image: Image.Image, name: str) -> NDArray[np.float32]:
     if image.mode in ("I", "I;16", "I;16B", "I;16L"):
         grey = np.asarray(image, dtype=np.float32) / 65535
         return np.repeat(grey.clip(0, 1)[..., None], 3, -1)
+    if image.mode == "F":  # of no known range: Pillow would cut it to whole numbers up to 255
+        raise RequestError(f"{name}: got a PIL image of mode 'F'; give its values as an array of floats in 0..1")
     clear = image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
     return np.asarray(image.convert("RGBA" if clear else "RGB")).astype(np.float32) / np.float32(255)
 
@@ -138,10 +163,10 @@ def _from_array(array: NDArray[Any], name: str) -> NDArray[np.float32]:
 
 
 def _check_size(width: int, height: int, name: str) -> None:
+    if not width * height:
+        raise RequestError(f"{name}: {width} x {height} pixels, so there is no picture")
     if width * height > MOST_PIXELS:
-        raise RequestError(
-            f"{name}: {width} x {height} pixels; at most {MOST_PIXELS} (4096 x 4096) are read: shrink it"
-        )
+        raise RequestError(f"{name}: {width} x {height} pixels; {TOO_LARGE}")
 
 
 def _on_white(pixels: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -24,6 +24,8 @@ class ControlledPrepared:
     images: Tensor  # [R, N, h, w, channels], embedded
     kv: Tensor | None = None  # [R, L, *]: of the U-Net, then of every ControlNet
     kv_len: Tensor | None = None  # int32 [R]
+    loras: Tensor | None = None  # as in `Prepared`
+    strengths: Tensor | None = None
 
     @staticmethod
     def cat(parts: Sequence[ControlledPrepared]) -> ControlledPrepared:

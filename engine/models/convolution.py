@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .adapted import AdaptedConv2d
+
 WIDTH_PER_SITE = 4
 LARGE_WEIGHT = 1 << 20
 """On a CPU, oneDNN rearranges the whole weight in every call. Where an image has few sites for the width of the layer
@@ -19,8 +21,10 @@ the same."""
 def convolve(conv: nn.Conv2d, x: Tensor, bias: bool = True) -> Tensor:
     """conv(x) for x [R, C, h, w], or without its bias where the next op adds it."""
     if x.device.type == "cpu" and not torch.compiler.is_compiling() and _few_sites(conv, x):
-        return multiply_patches(conv, x, bias)
-    return conv(x) if bias else F.conv2d(x, conv.weight, None, conv.stride, conv.padding)
+        y = multiply_patches(conv, x, bias)
+    else:
+        y = F.conv2d(x, conv.weight, conv.bias if bias else None, conv.stride, conv.padding)
+    return conv.add(y, x) if isinstance(conv, AdaptedConv2d) else y
 
 
 def multiply_patches(conv: nn.Conv2d, x: Tensor, bias: bool = True) -> Tensor:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import RequestError
+from .adapted import add_sides
 from .layers import Attention, GroupNorm, Image, TimestepEmbedding, channels_last, sinusoid
 from .projections import project
 from .unet_blocks import DownBlock, MiddleBlock, ResBlock, Step, UpBlock
@@ -40,6 +41,8 @@ class Prepared:
     time: Tensor  # [R, U, sum over the blocks]
     kv: Tensor | None = None  # [R, L, sum over the layers]
     kv_len: Tensor | None = None  # int32 [R]
+    loras: Tensor | None = None  # int64 [R, S, kinds] and [R, S]: as of `adapted.Chosen`, which `Adapted` reads
+    strengths: Tensor | None = None
 
     def index_select(self, rows: Tensor) -> Prepared:
         """The rows listed in `rows` (int64 [n])."""
@@ -104,11 +107,12 @@ class Trunk(nn.Module):
         self._check(conditioning)
         embedding = F.silu(self._embed(conditioning, timesteps))  # [R, U, T]
         time = project(embedding, self._time_weights(), self._time_bias())
+        time = add_sides(time, embedding, self._time_layers())
         if conditioning.hidden is None:
             return Prepared(time=time)
         hidden = conditioning.hidden.to(self.dtype)
         hidden = hidden if self.encoder_hid_proj is None else self.encoder_hid_proj(hidden)
-        kv = project(hidden, self._prompt_weights())
+        kv = add_sides(project(hidden, self._prompt_weights()), hidden, self._prompt_projections())
         return Prepared(time=time, kv=kv, kv_len=conditioning.kv_len)
 
     @property
@@ -150,7 +154,10 @@ class Trunk(nn.Module):
 
     def _time_weights(self) -> list[Tensor]:
         """Matrices [*, T] of the time projections, in the order of their columns in `Prepared.time`."""
-        return [block.time_emb_proj.weight for block in self._time_blocks() if block.time_emb_proj is not None]
+        return [layer.weight for layer in self._time_layers()]
+
+    def _time_layers(self) -> list[nn.Linear]:
+        return [block.time_emb_proj for block in self._time_blocks() if block.time_emb_proj is not None]
 
     def _time_bias(self) -> Tensor:
         """Biases of all time projections; where they can, they hold that of conv1."""
@@ -163,7 +170,10 @@ class Trunk(nn.Module):
 
     def _prompt_weights(self) -> list[Tensor]:
         """Matrices [*, D] of the prompt's keys and values, in the order of their columns in `Prepared.kv`."""
-        return [weight for layer in self._prompt_layers() for weight in (layer.to_k.weight, layer.to_v.weight)]
+        return [projection.weight for projection in self._prompt_projections()]
+
+    def _prompt_projections(self) -> list[nn.Linear]:
+        return [projection for layer in self._prompt_layers() for projection in (layer.to_k, layer.to_v)]
 
     def _time_blocks(self) -> list[ResBlock]:
         return [module for module in self.modules() if isinstance(module, ResBlock)]

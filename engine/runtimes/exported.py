@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..artifact import Graph
 from ..errors import RequestError
 from ..models.unet import Conditioning
 from ..models.unet_config import UNetConfig
@@ -71,27 +72,61 @@ class Denoiser:
 
     def require_size(self, height: int, width: int, scale: int) -> None:
         """Raise RequestError for latents [h, w] that the graph does not run. scale: pixels per latent site."""
-        graph = self.session.graph
-        got = f"size: got {width * scale}x{height * scale}"
-        if self.session.only_profiles:
-            sizes = [(profile.axes["height"], profile.axes["width"]) for profile in graph.profiles]
-            if not any(h.min <= height <= h.max and w.min <= width <= w.max for h, w in sizes):
-                known = ", ".join(dict.fromkeys(f"{w.max * scale}x{h.max * scale}" for h, w in sizes))
-                raise RequestError(f"{got}, this artefact was made for {known}: export it with that size in --shapes")
-        else:
+        graph, only = self.session.graph, self.session.only_profiles
+        if not runs(graph, only, height=height, width=width):
+            got = f"size: got {width * scale}x{height * scale}"
+            if only:
+                raise RequestError(
+                    f"{got}, this artefact was made for {sizes_of(graph, scale)}: export it with that size in --shapes"
+                )
             (low_h, high_h), (low_w, high_w) = graph.axes["height"], graph.axes["width"]
-            if not (low_h <= height <= high_h and low_w <= width <= high_w):
-                low, high = (f"{w * scale}x{h * scale}" for h, w in ((low_h, low_w), (high_h, high_w)))
-                raise RequestError(f"{got}, this network runs {low} to {high}")
+            low, high = (f"{w * scale}x{h * scale}" for h, w in ((low_h, low_w), (high_h, high_w)))
+            raise RequestError(f"{got}, this network runs {low} to {high}")
+
+    def require_tokens(self, counts: Sequence[int]) -> None:
+        """Raise RequestError for prompts of lengths that the graph does not run, or of several. counts: tokens of every
+        guidance branch with padding, none where there are no prompts.
+        """
+        if len(set(counts)) > 1:
+            raise RequestError(
+                f"prompt: got {' and '.join(map(str, counts))} tokens with its negative, and exported networks take "
+                "prompts of one length: make both as long (a chunk ends at BREAK and when it is full), or use "
+                "runtime='torch'"
+            )
+        graph, only = self.session.graph, self.session.only_profiles
+        for count in set(counts):
+            if not runs(graph, only, tokens=count):
+                known = graph.profiles[0].axes["tokens"].max if only else graph.axes["tokens"][1]
+                raise RequestError(
+                    f"prompt: got {count} tokens, this network was exported for {known}: make it shorter, or use "
+                    "runtime='torch'"
+                )
 
 
 class VAE:
     """An exported autoencoder; the interface of `AutoencoderKL`. The encoder is opened when it is first used."""
 
-    def __init__(self, open_graph: Callable[[str], Session], config: VAEConfig) -> None:
+    def __init__(self, open_graph: Callable[[str], Session], config: VAEConfig, graphs: Mapping[str, Graph]) -> None:
         """open_graph: a session of the graph of that name. Raises CheckpointError if there is no decoder."""
-        self._open, self.config = open_graph, config
+        self._open, self.config, self.graphs = open_graph, config, graphs
         self.decoder, self.encoder = open_graph("vae_decoder"), None
+
+    def require(self, name: str, height: int, width: int, tile: int | None = None) -> None:
+        """Raise RequestError where the artefact has not the graph of that name, or not for latents [h, w] or, with a
+        tile, for their tiles.
+        """
+        graph, factor = self.graphs.get(name), self.config.factor
+        if graph is None:
+            raise RequestError(
+                f"image: this artefact has no {name}, which pictures need: name it in --components of the export, too"
+            )
+        high, wide = (side if tile is None else min(side, tile) for side in (height, width))
+        if not runs(graph, self.decoder.only_profiles, height=high, width=wide):
+            raise RequestError(
+                f"size: the {name} would run {wide * factor}x{high * factor}{' (tiles)' if tile else ''}, and was made "
+                f"for {sizes_of(graph, factor)}: export it with that size in --shapes, too"
+                + (", or load with vae_tiling=False" if tile else "")
+            )
 
     def decode(self, latents: Tensor) -> Tensor:
         """latents: [R, C, h, w]; returns images [R, 3, H, W], about -1..1, not clamped."""
@@ -151,6 +186,20 @@ class FixedKernels:
     def explain(self) -> str:
         """What executes the network."""
         return self.summary
+
+
+def runs(graph: Graph, only_profiles: bool, **sizes: int) -> bool:
+    """Whether a graph runs these sizes of its axes: those of a profile, where it runs no others."""
+    spans = [graph.axes]
+    if only_profiles:
+        spans = [{name: (size.min, size.max) for name, size in profile.axes.items()} for profile in graph.profiles]
+    return any(all(span[name][0] <= size <= span[name][1] for name, size in sizes.items()) for span in spans)
+
+
+def sizes_of(graph: Graph, scale: int) -> str:
+    """The sizes of a graph's profiles in pixels, as text."""
+    sides = [(profile.axes["width"].max * scale, profile.axes["height"].max * scale) for profile in graph.profiles]
+    return ", ".join(dict.fromkeys("{}x{}".format(*one) for one in sides))
 
 
 def run_rows(session: Session, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -67,7 +67,7 @@ class Opened:
     def vae(self, device: torch.device | str) -> exported.VAE:
         """The autoencoder. Raises as `session`."""
         config = VAEConfig.from_diffusers(self.config("vae_decoder"))
-        return exported.VAE(lambda name: self.session(name, device), config)
+        return exported.VAE(lambda name: self.session(name, device), config, self.manifest.graphs)
 
     def text_model(self, name: str, device: torch.device | str) -> exported.TextModel:
         """The text encoder of that name. Raises as `session`."""
@@ -77,6 +77,11 @@ class Opened:
         config = CLIPTextConfig(**{key: value for key, value in self.config(name).items() if not key.startswith("_")})
         norm = self._require(f"{name}/{exported.FINAL_NORM}")
         return exported.TextModel(session, config, load_file(norm, device=str(device)))
+
+    def bytes(self, names: Sequence[str]) -> int:
+        """Bytes of the files of these graphs, weights included; of those the artefact does not have, none."""
+        files = [name for name in self.manifest.files if PurePosixPath(name).parts[0] in names]
+        return sum(inside(self.folder, name).stat().st_size for name in files)
 
     def config(self, folder: str) -> dict[str, Any]:
         """The configuration in a folder of the artefact. Raises CheckpointError if it is missing."""

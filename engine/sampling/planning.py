@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..errors import RequestError, closest
+from .dynamic_threshold import DynamicThreshold
 from .levels import Levels, dpm_levels, exploding_levels, lcm_levels, preserving_levels
 from .names import CLASS_NAMES, SAMPLERS, SIGMA_SCHEDULES, SPACINGS, resolve_sampler, resolve_schedule
 from .planners.dpmpp import Solver, plan_dpmpp
@@ -56,6 +57,7 @@ def make_plan(
     strength: float | None = None,
     denoising_start: float | None = None,
     denoising_end: float | None = None,
+    dynamic_threshold: float | tuple[float, float] | None = None,
     compat: Collection[str] = (),
 ) -> Plan:
     """The table of `steps` steps of a sampler on a checkpoint.
@@ -67,6 +69,8 @@ def make_plan(
     sigmas    the sigma / alpha of every level, descending, the final one included: `steps` + 1 numbers
     start, strength, denoising_start, denoising_end
               which of the steps to run, see `Portion`; the history starts empty
+    dynamic_threshold
+              p or (p, largest threshold) of `DynamicThreshold`, 0: none; None: as the checkpoint says
     compat    corrections of published behaviour, see `CORRECTIONS`
 
     Raises RequestError for what the request gets wrong, an option the sampler does not honour included, and
@@ -87,9 +91,10 @@ def make_plan(
         )
     whole = _levels(name, options, steps, sigmas, compat)
     levels, churn = portion.of(whole), Churn(s_churn, s_tmin, s_tmax, s_noise)
-    updates, churned = _updates(name, levels, options, eta, churn)
+    dynamic = DynamicThreshold.of(dynamic_threshold, options)
+    clamp = options.clip_sample_range if options.clip_sample and dynamic is None else math.inf
+    updates, churned = _updates(name, levels, options, eta, churn, clipped=dynamic is not None or clamp < math.inf)
     image, noise = portion.initial(levels)
-    clamp = options.clip_sample_range if options.clip_sample else math.inf
     return Plan(
         updates=tuple(_complete(u, levels, options.prediction_type, clamp) for u in updates),
         init_scale=math.hypot(noise, churned),
@@ -100,6 +105,7 @@ def make_plan(
         prediction_type=options.prediction_type,
         arrivals=(*churn.raised(levels)[0][1:], levels.to[-1]) if churn.amount else levels.to,
         cut=whole.at[steps - levels.left] if levels.left else None,
+        dynamic_threshold=dynamic,
     )
 
 
@@ -118,7 +124,7 @@ def _levels(
 
 
 def _updates(
-    name: str, levels: Levels, options: SamplerOptions, eta: float | None, churn: Churn
+    name: str, levels: Levels, options: SamplerOptions, eta: float | None, churn: Churn, *, clipped: bool
 ) -> tuple[list[Update], float]:
     """The solver's updates, and the churn that merges with the initial noise."""
     if name == "euler":
@@ -126,7 +132,7 @@ def _updates(
     if name == "heun":
         return plan_heun(levels, churn=churn)
     if name == "ddim":
-        return plan_ddim(levels, eta=0.0 if eta is None else eta, clipped=options.clip_sample), 0.0
+        return plan_ddim(levels, eta=0.0 if eta is None else eta, clipped=clipped), 0.0
     if name == "ddpm":
         return plan_ddpm(levels, variance=options.variance_type or "fixed_small"), 0.0
     if name == "euler_a":

@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ..errors import CheckpointError, closest
+from .dynamic_threshold import DynamicThreshold
 from .names import CLASS_NAMES, CLASS_SAMPLERS
 from .predictions import ALIASES as PREDICTION_ALIASES
 from .predictions import PREDICTIONS
@@ -131,9 +132,10 @@ def _check_supported(sampler: str, o: SamplerOptions) -> None:
             f"{where}: prediction_type {o.prediction_type!r} does not go with a beta schedule; "
             "expected epsilon, v_prediction or sample"
         )
-    if o.thresholding:
+    if o.thresholding and not DynamicThreshold(o.dynamic_thresholding_ratio, o.sample_max_value).valid:
         raise CheckpointError(
-            f"{where}: dynamic thresholding is not supported; set `thresholding: false` or take euler"
+            f"{where}: dynamic_thresholding_ratio {o.dynamic_thresholding_ratio} and sample_max_value "
+            f"{o.sample_max_value}; expected a ratio above 0, up to 1, and a value of at least 1"
         )
     if sum((o.use_karras_sigmas, o.use_exponential_sigmas, o.use_beta_sigmas)) > 1:
         raise CheckpointError(

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from ...kernels.sampler_step.columns import Column
 from ..errors import RequestError
+from .dynamic_threshold import DynamicThreshold
 
 
 class Level(NamedTuple):
@@ -90,7 +91,8 @@ class Plan:
     The state starts as x = init_alpha * image + init_scale * unit_noise; init_alpha is 0 when sampling starts from
     pure noise, 1 with init_scale 0 when it goes on from given latents. `steps` is what the user asked for,
     `len(updates)` the number of network evaluations. `arrivals` are the levels the steps of the plan arrive at; `cut`
-    is the level of the next evaluation where the plan ends before the schedule does, else None.
+    is the level of the next evaluation where the plan ends before the schedule does, else None. dynamic_threshold: of
+    every estimate D, in place of the clamp of the updates.
     """
 
     updates: tuple[Update, ...]
@@ -102,6 +104,7 @@ class Plan:
     arrivals: tuple[Level, ...]
     init_alpha: float = 0.0
     cut: Level | None = None
+    dynamic_threshold: DynamicThreshold | None = None
 
     @property
     def timesteps(self) -> list[float]:

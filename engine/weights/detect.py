@@ -23,7 +23,9 @@ class Detected:
 # Architecture -> what must hold. "absent" also means null; widths and depths are free, so that any size fits.
 _CLIP = {"text_encoder": "CLIPTextModel", "text_encoder_2": "absent", "vae": "AutoencoderKL"}
 _CONDITIONAL = {"unet": "UNet2DConditionModel"}
-_PIXELS = {"unet": "UNet2DModel", "vae": "absent", "vqvae": "absent", "text_encoder": "absent"}
+_PLAIN = {"unet": "UNet2DModel", "vae": "absent", "vqvae": "absent", "text_encoder": "absent"}
+_PIXELS = _PLAIN | {"second_image": "absent"}
+_MASKED = "a mask and masked latents"  # 5 where latents have 4 channels
 _SD = _CONDITIONAL | _CLIP | {"unet.addition_embed_type": "absent", "unet.class_embed_type": "absent"}
 _XL = _CONDITIONAL | {
     "text_encoder_2": "CLIPTextModelWithProjection",
@@ -33,7 +35,7 @@ _XL = _CONDITIONAL | {
 SIGNATURES: dict[str, Mapping[str, Expected]] = {
     "sd": _SD | {"extra_channels": 0, "unet.num_class_embeds": "absent", "unet.time_cond_proj_dim": "absent"},
     "sd_lcm": _SD | {"extra_channels": 0, "unet.num_class_embeds": "absent", "unet.time_cond_proj_dim": "present"},
-    "sd_inpaint": _SD | {"extra_channels": 5, "unet.num_class_embeds": "absent"},  # mask and masked latents
+    "sd_inpaint": _SD | {"extra_channels": _MASKED, "unet.num_class_embeds": "absent"},
     "sd_x4_upscaler": _SD
     | {"extra_channels": 3, "unet.num_class_embeds": "present"},  # small image and its noise level
     "x4_upscaler": _CONDITIONAL
@@ -47,15 +49,18 @@ SIGNATURES: dict[str, Mapping[str, Expected]] = {
         "unet.addition_embed_type": "absent",
     },
     "sdxl": _XL | {"text_encoder": "CLIPTextModel", "extra_channels": 0},
-    "sdxl_inpaint": _XL | {"text_encoder": "CLIPTextModel", "extra_channels": 5},
+    "sdxl_inpaint": _XL | {"text_encoder": "CLIPTextModel", "extra_channels": _MASKED},
     "sdxl_refiner": _XL | {"text_encoder": "absent", "extra_channels": 0},
     "pixel": _PIXELS | {"unet.num_class_embeds": "absent"},
     "pixel_class": _PIXELS | {"unet.num_class_embeds": "present"},
+    "pixel_upscaler": _PLAIN | {"second_image": "present"},
     "ldm": {"unet": "UNet2DModel", "vqvae": "VQModel", "extra_channels": 0},
     "ldm_super_resolution": {"unet": "UNet2DModel", "vqvae": "VQModel", "extra_channels": 3},
 }
 _UNET_FACTS = ("addition_embed_type", "class_embed_type", "num_class_embeds", "time_cond_proj_dim")
 _COMPONENTS = ("unet", "transformer", "vae", "vqvae", "text_encoder", "text_encoder_2", "text_encoder_3")
+TWO_IMAGES = (2, 6)
+"""Input channels of a network of pixels that is given a second image: both grey, or both in colour."""
 
 
 def detect(checkpoint: Checkpoint) -> Detected:
@@ -88,7 +93,10 @@ def _facts(checkpoint: Checkpoint) -> dict[str, Any]:
     for autoencoder, default in (("vae", 4), ("vqvae", 3)):
         if autoencoder in facts:
             latent = cast(int, checkpoint.config(autoencoder).get("latent_channels", default))
-            facts["extra_channels"] = cast(int, unet.get("in_channels", 4)) - latent
+            extra = cast(int, unet.get("in_channels", 4)) - latent
+            facts["extra_channels"] = _MASKED if extra == latent + 1 else extra
+    if facts["unet"] == "UNet2DModel" and "extra_channels" not in facts and unet.get("in_channels") in TWO_IMAGES:
+        facts["second_image"] = f"{unet['in_channels']} channels"
     return facts
 
 

@@ -46,6 +46,13 @@ class LowRank:
             return self.scale * torch.einsum("pqkl,op,qi->oikl", mid, up.flatten(1), down.flatten(1))
         return self.scale * (up.flatten(1) @ down.flatten(1)).unflatten(1, tuple(down.shape[1:]))
 
+    def factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """down [r, i * k * k], which has `mid` in it, and scale * up [o, r]: their product is `delta`. On the host."""
+        down, up = self.down.to(dtype), self.up.to(dtype).flatten(1)
+        if self.mid is not None:
+            down = torch.einsum("pqkl,qi->pikl", self.mid.to(dtype), down.flatten(1))
+        return down.flatten(1), self.scale * up
+
 
 @dataclass(frozen=True, eq=False)
 class LoRA:

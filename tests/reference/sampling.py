@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stepfuse.engine.sampling.limits import limits, raw_estimate
 from stepfuse.engine.sampling.update import Plan
 from stepfuse.kernels.sampler_step.reference import sampler_step
 
@@ -28,7 +29,11 @@ def draw(count: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> list[
 def run(
     plan: Plan, x: Tensor, call: Callable[[Tensor, float], Tensor], noises: Sequence[Tensor] = (), **options: Any
 ) -> list[Tensor]:
-    """The state after every update, from x (already scaled), one row; `options` are more arguments of the op."""
+    """The state after every update, from x (already scaled), one row; `options` are more arguments of the op.
+
+    With the limits of a dynamic threshold, where the plan has one.
+    """
+    dynamic = plan.dynamic_threshold
     table = torch.from_numpy(plan.table()).to(x.dtype).unsqueeze(0)
     base, history = torch.zeros_like(x), torch.zeros(1, 3, *x.shape[1:], dtype=x.dtype)
     model_input, states = plan.updates[0].c_in * x, []
@@ -37,6 +42,9 @@ def run(
         output = call(model_input, timestep).unsqueeze(1)
         noise = torch.stack((noises[i], noises[i - 1]), 1) if noises else torch.zeros(1, 2, *x.shape[1:], dtype=x.dtype)
         position = torch.tensor([i])
+        if dynamic is not None:
+            raw = raw_estimate(x, output[:, :, : x.shape[1]], weights, table[:, i])
+            options["limit"] = limits(raw, torch.tensor([[dynamic.percentile, dynamic.most]], dtype=torch.float64))
         x, base, history, model_input, bad = sampler_step(
             x, base, history, output, table, position, weights, seeds, extra_noise=noise, **options
         )
