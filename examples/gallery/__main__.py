@@ -15,7 +15,7 @@ from pathlib import Path
 from stepfuse import Engine
 from stepfuse.engine.errors import StepfuseError
 
-from . import controlling, editing, enlarging, prompting
+from . import adapting, controlling, editing, enlarging, prompting
 from .exhibit import Maker
 from .report import report
 
@@ -27,10 +27,13 @@ FEATURES: dict[str, Maker] = {
     "prompt_weighting": prompting.prompt_weighting,
     "image_to_image": editing.image_to_image,
     "inpainting": editing.inpainting,
+    "inpainting_model": editing.inpainting_model,
     "repaint": editing.repaint,
     "change_map": editing.change_map,
     "outpainting": editing.outpainting,
     "controlnet": controlling.controlnet,
+    "lora": adapting.lora,
+    "textual_inversion": adapting.textual_inversion,
     "plain_upscaling": enlarging.plain_upscaling,
     "hires_fix": enlarging.hires_fix,
     "shapes_x4": enlarging.shapes_x4,

@@ -12,6 +12,7 @@ import numpy as np
 from stepfuse import Engine, Request
 
 from ..shapes.judge import judge, look
+from ..shapes.render import Form, signed_distance
 from ..shapes.scenes import Item, Scene
 from .strip import Row, strip
 
@@ -73,9 +74,9 @@ def call(request: Request, **how: Any) -> str:
     return f"engine.generate({', '.join([repr(request.prompt), *said, *(f'{k}={v!r}' for k, v in how.items())])})"
 
 
-def right(images: Sequence[np.ndarray], scenes: Sequence[Scene]) -> list[bool]:
-    """Whether the judge finds in each image what its scene says."""
-    return [judge(image, scene).right for image, scene in zip(images, scenes, strict=True)]
+def right(images: Sequence[np.ndarray], scenes: Sequence[Scene], form: Form = signed_distance) -> list[bool]:
+    """Whether the judge finds in each image what its scene says, shapes drawn in a form."""
+    return [judge(image, scene, form).right for image, scene in zip(images, scenes, strict=True)]
 
 
 def holds(image: np.ndarray, item: Item, within: float) -> bool:

@@ -22,7 +22,7 @@ def report(entries: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _section(name: str, entry: Mapping[str, Any]) -> str:
-    title, lines = entry["title"], fill(entry["text"], 120)
+    title, lines = entry["title"], fill(entry["text"], 120, break_on_hyphens=False)
     strip = f"![{title}](images/gallery/{name}.png)"
     return "\n\n".join([f"## {title}", lines, strip, f"```text\n{entry['call']}\n```", _table(entry["scores"])]) + "\n"
 

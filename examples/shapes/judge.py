@@ -15,7 +15,7 @@ from functools import cache
 import numpy as np
 from scipy import ndimage
 
-from .render import RGB, render, signed_distance
+from .render import RGB, Form, render, signed_distance
 from .scenes import (
     BACKGROUNDS,
     OBJECT_COLORS,
@@ -81,14 +81,28 @@ def stretched(mask: np.ndarray, side: int = TEMPLATE) -> np.ndarray:
 
 
 @cache
-def templates(side: int = TEMPLATE) -> dict[str, np.ndarray]:
+def templates(side: int = TEMPLATE, form: Form = signed_distance) -> dict[str, np.ndarray]:
     """The shapes as masks [side, side]."""
+    return {shape: stretched(_large(shape, form), side) for shape in SHAPES}
+
+
+@cache
+def heightened(shape: str, form: Form) -> float:
+    """Height by width of a shape in this form, as a multiple of what it is in the plain one."""
+    tall, plain = (np.ptp(np.nonzero(_large(shape, f)), axis=1) + 1 for f in (form, signed_distance))
+    return float(tall[0] * plain[1] / (tall[1] * plain[0]))
+
+
+def _large(shape: str, form: Form) -> np.ndarray:
     y, x = np.mgrid[0:256, 0:256] - 127.5
-    return {shape: stretched(signed_distance(shape, x, y, 100.0) < 0, side) for shape in SHAPES}
+    return form(shape, x, y, 100.0) < 0
 
 
-def look(image: np.ndarray) -> tuple[str, list[Seen]]:
-    """Background color and objects of an RGB image [64 k, 64 k, 3] float in 0..1, k = 1, 2, ..."""
+def look(image: np.ndarray, form: Form = signed_distance) -> tuple[str, list[Seen]]:
+    """Background color and objects of an RGB image [64 k, 64 k, 3] float in 0..1, k = 1, 2, ...
+
+    form: how the shapes are drawn, where not as ever (styles.py).
+    """
     scale = image.shape[0] // SIZE
     wide = 2 * scale
     edges = (image[:wide], image[-wide:], image[:, :wide], image[:, -wide:])
@@ -101,22 +115,22 @@ def look(image: np.ndarray) -> tuple[str, list[Seen]]:
     for index in range(1, count + 1):
         mask = regions == index
         if mask.sum() >= MIN_AREA * scale**2:
-            objects.append(_describe(image, mask, ground, scale))
+            objects.append(_describe(image, mask, ground, scale, form))
     return nearest_color(ground), objects
 
 
-def _describe(image: np.ndarray, mask: np.ndarray, ground: np.ndarray, scale: int) -> Seen:
+def _describe(image: np.ndarray, mask: np.ndarray, ground: np.ndarray, scale: int, form: Form) -> Seen:
     core = ndimage.binary_erosion(mask, iterations=2 * scale)
     rgb = np.median(image[core if core.sum() >= 10 * scale**2 else mask], axis=0)
     # The outline is where a pixel is half object, half background: faint edge pixels would stretch the bounding box.
     share = (image - ground) @ (rgb - ground) / np.sum((rgb - ground) ** 2)
     mask = mask & (share > 0.5)
-    color, form = nearest_color(rgb), stretched(mask, TEMPLATE * scale)
-    overlaps = {name: (form & t).sum() / (form | t).sum() for name, t in templates(TEMPLATE * scale).items()}
+    color, own = nearest_color(rgb), stretched(mask, TEMPLATE * scale)
+    overlaps = {name: (own & t).sum() / (own | t).sum() for name, t in templates(TEMPLATE * scale, form).items()}
     shape = max(overlaps, key=overlaps.__getitem__)
     ys, xs = np.nonzero(mask)
     height, width = np.ptp(ys) + 1, np.ptp(xs) + 1
-    if not 0.7 < height / width < 1.4:
+    if not 0.7 < height / width / heightened(shape, form) < 1.4:
         shape = ""
     return Seen(
         color,
@@ -128,15 +142,15 @@ def _describe(image: np.ndarray, mask: np.ndarray, ground: np.ndarray, scale: in
     )
 
 
-def judge(image: np.ndarray, scene: Scene) -> Verdict:
-    """Compare an image [64 k, 64 k, 3] (float 0..1 or uint8, k = 1, 2, ...) with a scene."""
+def judge(image: np.ndarray, scene: Scene, form: Form = signed_distance) -> Verdict:
+    """Compare an image [64 k, 64 k, 3] (float 0..1 or uint8, k = 1, 2, ...) with a scene drawn in a form."""
     side = image.shape[0]
     if image.shape != (side, side, 3) or side < SIZE or side % SIZE:
         raise ValueError(
             f"got an image of shape {image.shape}; expected ({SIZE}, {SIZE}, 3) or a multiple: render at 64x64"
         )
     image = image.astype(np.float32) / 255 if image.dtype == np.uint8 else image
-    background, seen = look(image)
+    background, seen = look(image, form)
     count = len(seen) == len(scene.items)
     if not count:
         return Verdict(background == scene.background, False, False, False, False, False)

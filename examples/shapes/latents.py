@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .render import RGB, signed_distance
+from .render import RGB, Form, signed_distance
 from .scenes import SIZE, Scene
 
 CELL = 8
@@ -36,13 +36,13 @@ def _sample_points() -> tuple[np.ndarray, np.ndarray]:
 _X, _Y = _sample_points()
 
 
-def encode_scene(scene: Scene) -> np.ndarray:
+def encode_scene(scene: Scene, form: Form = signed_distance) -> np.ndarray:
     """The latents of a scene, float32 [8, 8, 8] (channels, rows, columns), about zero mean and unit deviation."""
     latents = np.empty((CHANNELS, GRID, GRID), np.float32)
     latents[:3] = RGB[scene.background][:, None, None]
     nearest = np.full(_X.shape, np.inf, np.float32)
     for item in scene.items:
-        distance = signed_distance(item.shape, _X - item.x, _Y - item.y, item.r)
+        distance = form(item.shape, _X - item.x, _Y - item.y, item.r)
         # A cell takes the object's color from where the outline comes within some three pixels of its sample points.
         near = np.clip(1 - distance.min(0) / 3, 0, 1)
         latents[:3] += near * (RGB[item.color][:, None, None] - latents[:3])
@@ -51,6 +51,6 @@ def encode_scene(scene: Scene) -> np.ndarray:
     return (latents - _MEAN[:, None, None]) / _STD[:, None, None]
 
 
-def encode_scenes(scenes: Sequence[Scene]) -> np.ndarray:
+def encode_scenes(scenes: Sequence[Scene], form: Form = signed_distance) -> np.ndarray:
     """Latents of several scenes, float32 [B, 8, 8, 8]."""
-    return np.stack([encode_scene(scene) for scene in scenes])
+    return np.stack([encode_scene(scene, form) for scene in scenes])

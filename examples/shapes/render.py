@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from .scenes import COLORS, SIZE, Item, Scene
 
 RGB = {name: np.array(value, np.float32) / 255 for name, value in COLORS.items()}
+Form = Callable[[str, np.ndarray, np.ndarray, float], np.ndarray]
+"""How a shape looks: (shape, x, y, r) to distances, as `signed_distance` has them; others are in styles.py."""
 _Y, _X = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32) + 0.5
 
 
@@ -25,18 +27,18 @@ def signed_distance(shape: str, x: np.ndarray, y: np.ndarray, r: float) -> np.nd
     raise ValueError(f"got shape {shape!r}; expected circle, square or triangle")
 
 
-def coverage(item: Item) -> np.ndarray:
+def coverage(item: Item, form: Form = signed_distance) -> np.ndarray:
     """The share of each pixel an object covers, [64, 64] float32 in 0..1."""
-    return np.clip(0.5 - signed_distance(item.shape, _X - item.x, _Y - item.y, item.r), 0.0, 1.0)
+    return np.clip(0.5 - form(item.shape, _X - item.x, _Y - item.y, item.r), 0.0, 1.0)
 
 
-def render(scenes: Sequence[Scene]) -> np.ndarray:
+def render(scenes: Sequence[Scene], form: Form = signed_distance) -> np.ndarray:
     """Images of the scenes, float32 [B, 3, 64, 64] in 0..1."""
     images = np.empty((len(scenes), 3, SIZE, SIZE), np.float32)
     for image, scene in zip(images, scenes, strict=True):
         image[:] = RGB[scene.background][:, None, None]
         for item in scene.items:
-            alpha = coverage(item)
+            alpha = coverage(item, form)
             image += alpha * (RGB[item.color][:, None, None] - image)
     return images
 

@@ -62,6 +62,10 @@ class Words:
             row[1 : len(words) + 1] = torch.tensor([self._id(word) for word in words], dtype=torch.int64)
         return ids
 
+    def add(self, word: str, index: int) -> None:
+        """Give a word the tokenizer does not have this token id."""
+        self._ids[word] = index
+
     def _id(self, word: str) -> int:
         if word not in self._ids:
             self._ids[word] = self.tokenizer.convert_tokens_to_ids(word + "</w>")
