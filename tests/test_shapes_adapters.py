@@ -157,7 +157,7 @@ def falling(tuner: Tuner, sample, steps: int = 16) -> list[float]:
         torch.manual_seed(1)
         loss = tuner.loss(*batch, 1.0)
         losses.append(loss.item())
-        tuner.step(loss, progress)
+        tuner.optimizer.step(loss, progress)
     return losses
 
 
@@ -198,7 +198,7 @@ def test_a_word_learns_and_its_captions_hold_it(tmp_path: Path) -> None:
 
     losses = falling(tuner, sample)
     assert losses[-1] < 0.9 * losses[0], losses
-    assert list(tuner.trained) == ["sun"]
+    assert list(tuner.optimizer.trained) == ["sun"]
 
 
 def test_runs_go_on_and_files_are_what_was_trained(tmp_path: Path) -> None:
@@ -211,8 +211,8 @@ def test_runs_go_on_and_files_are_what_was_trained(tmp_path: Path) -> None:
         assert any(not torch.equal(first[key], further[key]) for key in first)
         state = load_checkpoint(tmp_path / f"{name}.pt")
         assert state is not None
-        assert all(torch.equal(mean, further[key]) for key, mean in state["tuner"]["average"].items())
-        assert any(not torch.equal(last, further[key]) for key, last in state["tuner"]["trained"].items())
+        assert all(torch.equal(mean, further[key]) for key, mean in state["average"].items())
+        assert any(not torch.equal(last, further[key]) for key, last in state["trained"].items())
         module.package(further, tmp_path / f"{name}.safetensors")
         packed = load_file(tmp_path / f"{name}.safetensors")
         assert packed.keys() == load_file(builtin_file(name)).keys()

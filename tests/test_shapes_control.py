@@ -18,6 +18,7 @@ from stepfuse.examples.shapes.latents import CHANNELS
 from stepfuse.examples.shapes.render import render
 from stepfuse.examples.shapes.scenes import SIZE, Scene, caption
 from stepfuse.examples.shapes.silhouettes import objects_of, overlap, right, sample_free_scene, score, silhouette
+from stepfuse.examples.shapes.tuning import Tuner
 
 PARITY = 1e-4  # relative L2 of the final latents
 
@@ -101,15 +102,16 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_training_starts_from_the_model_unchanged_and_goes_on(checkpoint: Path) -> None:
-    trainer = controlnet.Trainer(controlnet.SHAPES, 1e-3, "cpu")
-    latents, _, pictures, _ = controlnet.sample_batch(random.Random(0), 4, frozenset())
+    tuner = Tuner(controlnet.open_control, 1e-3, "cpu")
+    latents, pictures, _ = controlnet.sample_batch(random.Random(0), 4, frozenset())
     with torch.no_grad():
-        down, mid = trainer.net(latents, 500, torch.zeros(4, 77, 128), controlnet_cond=pictures, return_dict=False)
+        states = torch.zeros(4, 77, 128)
+        down, mid = tuner.unet.control(latents, 500, states, controlnet_cond=pictures, return_dict=False)
     assert max(float(t.abs().max()) for t in (*down, mid)) == 0
     state = controlnet.load_checkpoint(checkpoint)
     assert state is not None
     assert state["progress"]["step"] == 1
-    moved = state["trainer"]["net"]["controlnet_mid_block.weight"]
+    moved = state["trained"]["controlnet_mid_block.weight"]
     assert 0 < float(moved.abs().max()) < 0.01
     path = controlnet.train(checkpoint.parent, minutes=0, steps=2, batch=4, lr=1e-3, device="cpu")
     again = controlnet.load_checkpoint(path)
@@ -123,8 +125,8 @@ def test_the_package_holds_the_averaged_weights_in_half_precision(checkpoint: Pa
     net = diffusers.ControlNetModel.from_pretrained(tmp_path / "net")
     state = controlnet.load_checkpoint(checkpoint)
     assert state is not None
-    for parameter, mean in zip(net.parameters(), state["trainer"]["average"], strict=True):
-        assert torch.equal(parameter, mean.half().to(parameter.dtype))
+    for name, parameter in net.named_parameters():
+        assert torch.equal(parameter, state["average"][name].half().to(parameter.dtype))
     shipped = (controlnet.SHIPPED / "config.json").read_text()
     assert (tmp_path / "net" / "config.json").read_text() == shipped
     with pytest.raises(RuntimeError, match="train first"):

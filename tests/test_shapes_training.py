@@ -1,15 +1,18 @@
 """Training of the built-in model: tokens, the latent code, and that a resumed run is the uninterrupted one."""
 
 import random
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 pytest.importorskip("diffusers")
 
 from stepfuse.examples.shapes import denoiser
+from stepfuse.examples.shapes.averaging import Averaged, run
 from stepfuse.examples.shapes.latents import encode_scene
 from stepfuse.examples.shapes.scenes import WORDS, caption, pair, sample_pair, sample_single, single
 from stepfuse.examples.shapes.text_encoder import Words, labels_of
@@ -51,19 +54,21 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path, monkeypatch: 
     options = {"minutes": 1.0, "batch": 4, "lr": 1e-3, "device": "cpu", "text_steps": 1}
     denoiser.train(tmp_path / "whole", steps=4, **options)
     with monkeypatch.context() as patch:
-        step = denoiser.Trainer.step
+        step = Averaged.step
 
-        def step_twice(self: denoiser.Trainer, loss: torch.Tensor, progress: denoiser.Progress) -> None:
+        def step_twice(self: Averaged, loss: torch.Tensor, progress: denoiser.Progress) -> None:
             if progress.step == 2:
                 raise KeyboardInterrupt
             step(self, loss, progress)
 
-        patch.setattr(denoiser.Trainer, "step", step_twice)
-        patch.setattr(denoiser, "SAVE_SECONDS", 0.0)
+        patch.setattr(Averaged, "step", step_twice)
+        patch.setattr(denoiser, "run", partial(run, every=0.0))
         with pytest.raises(KeyboardInterrupt):
             denoiser.train(tmp_path / "halves", steps=4, **options)
     denoiser.train(tmp_path / "halves", steps=4, **options)
     whole, halves = (torch.load(tmp_path / name / "denoiser.pt", weights_only=True) for name in ("whole", "halves"))
     assert halves["progress"]["step"] == whole["progress"]["step"] == 4
-    for a, b in zip(whole["trainer"]["average"], halves["trainer"]["average"], strict=True):
-        assert torch.equal(a, b)
+    assert all(torch.equal(mean, halves["average"][name]) for name, mean in whole["average"].items())
+    assert any(not torch.equal(mean, whole["trained"][name]) for name, mean in whole["average"].items())
+    exported = load_file(tmp_path / "whole/unet/diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(weight, whole["average"][name]) for name, weight in exported.items())

@@ -75,9 +75,9 @@ def test_training_continues_and_keeps_what_carries_colors(tmp_path: Path) -> Non
     state = load_checkpoint(tmp_path / "encoder.pt")
     assert state is not None
     assert state["progress"]["step"] == 3
-    assert not torch.equal(state["weights"]["0.conv_out.weight"], before.encoder.conv_out.weight)
+    assert not torch.equal(state["trained"]["0.conv_out.weight"], before.encoder.conv_out.weight)
     # What carries colors along is left alone.
-    assert torch.equal(state["weights"]["0.conv_in.weight"][:12], before.encoder.conv_in.weight[:12])
+    assert torch.equal(state["trained"]["0.conv_in.weight"][:12], before.encoder.conv_in.weight[:12])
 
 
 def test_the_judge_takes_pictures_of_256_pixels() -> None:

@@ -18,8 +18,9 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+from .averaging import Averaged, run
 from .latents import CELL, CHANNELS, GRID, encode_scenes
-from .progress import Progress, load_checkpoint, run, save_checkpoint
+from .progress import Progress, load_checkpoint
 from .render import render
 from .scenes import SIZE, Scene, sample_pair, sample_single
 
@@ -99,7 +100,11 @@ def train(
 ) -> None:
     """Train the decoder or the encoder, or go on with it; the result is `work/vae` in diffusers format."""
     vae, progress = build_autoencoder(seed).to(device), Progress(stage, minutes=minutes, steps=steps)
-    fit(vae, work, stage, progress, lr, lambda: _loss(vae, stage, progress, batch, seed), lambda: psnr(vae, stage))
+
+    def loss(rng: random.Random) -> Tensor:
+        return _loss(vae, stage, rng, batch, progress.fraction)
+
+    fit(vae, work, stage, progress, lr, loss, lambda: psnr(vae, stage), seed)
 
 
 def fit(
@@ -108,39 +113,26 @@ def fit(
     stage: str,
     progress: Progress,
     lr: float,
-    loss: Callable[[], Tensor],
+    loss: Callable[[random.Random], Tensor],
     validate: Callable[[], float],
+    seed: int,
 ) -> None:
     """Train one part of an autoencoder from its last checkpoint in `work`, beside the other part's; lr: peak.
 
-    loss: of the next step's examples; validate: in dB, printed whenever `work/vae` is written.
+    loss: see `averaging.run`; validate: in dB, printed whenever `work/vae` is written.
     """
     for name in STAGES:
         if state := load_checkpoint(work / f"{name}.pt"):
-            part_of(vae, name).load_state_dict(state["weights"])
-    part, path = part_of(vae, stage), work / f"{stage}.pt"
-    optimizer = torch.optim.AdamW(part.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
-    if state := load_checkpoint(path):
-        optimizer.load_state_dict(state["optimizer"])
-        progress.restore(state["progress"])
+            part_of(vae, name).load_state_dict(state["trained"])
+    named = part_of(vae, stage).named_parameters()
+    optimizer = torch.optim.AdamW(named, lr=lr, betas=(0.9, 0.99), weight_decay=1e-4, fused=True)
 
-    def step() -> Tensor:
-        for group in optimizer.param_groups:
-            group["lr"] = progress.cosine(lr)
-        found = loss()
-        found.backward()
-        torch.nn.utils.clip_grad_norm_(part.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return found
-
-    def save() -> None:
-        state = {"weights": part.state_dict(), "optimizer": optimizer.state_dict(), "progress": progress.state()}
-        save_checkpoint(path, state)
+    def publish() -> None:
         vae.save_pretrained(work / "vae")
         print(f"{stage}: {validate():.2f} dB", flush=True)
 
-    run(progress, step, save)
+    path = work / f"{stage}.pt"
+    run(Averaged(optimizer, warmup=50, decay=0.0), progress, path, loss, publish, seed=seed, every=60.0)
 
 
 def part_of(vae: AutoencoderKL, stage: str) -> torch.nn.ModuleList:
@@ -149,10 +141,8 @@ def part_of(vae: AutoencoderKL, stage: str) -> torch.nn.ModuleList:
     return torch.nn.ModuleList([vae.encoder, vae.quant_conv])
 
 
-def _loss(vae: AutoencoderKL, stage: str, progress: Progress, batch: int, seed: int) -> Tensor:
-    rng = random.Random(f"{stage} {seed} {progress.step}")
-    torch.manual_seed(1_000_003 * seed + progress.step)
-    whole = stage == "encoder" or progress.fraction > 0.6
+def _loss(vae: AutoencoderKL, stage: str, rng: random.Random, batch: int, fraction: float) -> Tensor:
+    whole = stage == "encoder" or fraction > 0.6
     scenes = sample_scenes(rng, batch // 3 if whole else batch)
     images, latents = examples_of(scenes) if whole else windows_of(scenes, rng)
     images, latents = images.to(vae.device), latents.to(vae.device)

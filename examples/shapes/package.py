@@ -13,7 +13,7 @@ from transformers import CLIPTextModel
 
 from .autoencoder import build_autoencoder
 from .denoiser import CONFIG as UNET_CONFIG
-from .denoiser import SCHEDULER
+from .diffusion import SCHEDULER
 from .scenes import SIZE
 from .text_encoder import build_text_encoder
 from .tokenizer import build_tokenizer

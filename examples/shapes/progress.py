@@ -7,7 +7,6 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -70,22 +69,6 @@ class Progress:
     def restore(self, state: dict[str, float]) -> None:
         self.step, self.seconds = int(state["step"]), state["seconds"]
         self.pause()
-
-
-def run(progress: Progress, step: Callable[[], torch.Tensor], save: Callable[[], None], every: float = 60.0) -> None:
-    """Train until the budget is used: `step` makes one optimizer step and returns its loss.
-
-    `save` is called after every so many working seconds and at the end; its own time does not count.
-    """
-    saved = progress.seconds
-    progress.pause()
-    while not progress.done:
-        progress.advance(step())
-        if progress.seconds - saved > every:
-            saved = progress.seconds
-            save()
-            progress.pause()
-    save()
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:

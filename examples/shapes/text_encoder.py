@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from .averaging import Averaged
 from .progress import Progress, load_checkpoint, save_checkpoint
 from .scenes import BACKGROUNDS, OBJECT_COLORS, PLACES, SHAPES, SIZES, Scene, caption, sample_pair, sample_single
 from .tokenizer import LENGTH
@@ -124,21 +125,16 @@ def train(
     if state := load_checkpoint(path):
         model.load_state_dict(state["text"])
         return model
-    parameters = [*model.parameters(), *reader.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-3, weight_decay=0.01)
+    named = [*model.named_parameters(), *reader.named_parameters()]
+    optimizer = Averaged(torch.optim.AdamW(named, lr=1e-3, weight_decay=0.01), warmup=50, decay=0.0)
     progress = Progress("text encoder", steps=steps)
     accuracy = 0.0
     while not progress.done:
         rng = random.Random(f"text {seed} {progress.step}")
         scenes = [sample_single(rng) if i % 3 == 0 else sample_pair(rng, heldout) for i in range(128)]
         ids = words([caption(scene, rng) for scene in scenes]).to(device)
-        for group in optimizer.param_groups:
-            group["lr"] = progress.cosine(1e-3)
         loss, right = reader.loss(model(ids)[0], labels_of(scenes).to(device))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.step(loss, progress)
         accuracy = 0.95 * accuracy + 0.05 * right.item()
         progress.advance(loss)
     print(f"text encoder: {100 * accuracy:.1f} % of captions read fully right", flush=True)

@@ -15,10 +15,12 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditionModel
-from torch import Tensor, nn
+from torch import Tensor
 
-from .denoiser import SCHEDULER as BASE_SCHEDULER
-from .progress import Progress, load_checkpoint, run, save_checkpoint
+from .averaging import Averaged, run
+from .diffusion import SCHEDULER as BASE_SCHEDULER
+from .diffusion import add_noise, stratified
+from .progress import Progress
 from .render import render, render_window
 from .scenes import SIZE, load_heldout
 from .upscaler_latents import CHANNELS, encode_images, importance, outlines
@@ -48,8 +50,6 @@ LOW_RES_SCHEDULER = {
 MAX_LEVEL = 350
 LEVEL_WEIGHT = 25.0  # the level whose examples count half: what is lost in noise cannot be learned
 OUTLINE_WEIGHT = 6.0
-EMA_DECAY = 0.999
-SAVE_SECONDS = 240.0
 
 
 def build_unet(seed: int = 0) -> UNet2DConditionModel:
@@ -78,14 +78,13 @@ def draw_levels(batch: int) -> Tensor:
 
 
 class Trainer:
-    """U-Net, its average, and the optimizer: what a checkpoint holds."""
+    """U-Net and its optimizer."""
 
     def __init__(self, unet: UNet2DConditionModel, lr: float, device: str) -> None:
-        self.unet, self.lr, self.device = unet.to(device).train(), lr, device
-        self.parameters = list(unet.parameters())
-        self.average = [p.detach().clone() for p in self.parameters]
-        self.optimizer = torch.optim.AdamW(self.parameters, lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-        self.alphas = DDIMScheduler(**SCHEDULER).alphas_cumprod.to(device)
+        self.unet, self.device = unet.to(device).train(), device
+        named = unet.named_parameters()
+        optimizer = torch.optim.AdamW(named, lr=lr, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+        self.optimizer = Averaged(optimizer, warmup=100)
         self.low_res = DDPMScheduler(**LOW_RES_SCHEDULER)
 
     def loss(self, small: Tensor, large: Tensor) -> Tensor:
@@ -97,11 +96,9 @@ class Trainer:
         levels = draw_levels(batch)
         small = self.low_res.add_noise(small, torch.randn(small.shape), levels).to(self.device)
         latents = encode_images(large.to(self.device))
-        timesteps = (1000 * (torch.randperm(batch) + torch.rand(batch)) / batch).long().clamp(max=999).to(self.device)
-        noise = torch.randn(latents.shape).to(self.device)
-        signal = self.alphas[timesteps].sqrt()[:, None, None, None]
-        spread = (1 - self.alphas[timesteps]).sqrt()[:, None, None, None]
-        inputs = torch.cat([signal * latents + spread * noise, small], 1)
+        timesteps = stratified(torch.randperm(batch)).to(self.device)
+        noisy, _ = add_noise(latents, timesteps)
+        inputs = torch.cat([noisy, small], 1)
         with torch.autocast(torch.device(self.device).type, torch.bfloat16):
             output = self.unet(inputs, timesteps, None, class_labels=levels.to(self.device)).sample
         error = (output.float() - latents) ** 2
@@ -109,33 +106,10 @@ class Trainer:
         weights = weights / (1 + levels.to(self.device) / LEVEL_WEIGHT)[:, None, None, None]
         return (weights * error).mean() / weights.mean()
 
-    def step(self, loss: Tensor, progress: Progress) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = progress.cosine(self.lr, warmup=100)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        decay = min(EMA_DECAY, (1 + progress.step) / (10 + progress.step))
-        torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
-
-    def state(self) -> dict:
-        return {"unet": self.unet.state_dict(), "average": self.average, "optimizer": self.optimizer.state_dict()}
-
-    def restore(self, state: dict) -> None:
-        self.unet.load_state_dict(state["unet"])
-        self.average = [tensor.to(self.device) for tensor in state["average"]]
-        self.optimizer.load_state_dict(state["optimizer"])
-
     def averaged(self) -> UNet2DConditionModel:
         """The averaged network, with its table of levels."""
-        current = [p.data for p in self.parameters]
-        for parameter, mean in zip(self.parameters, self.average, strict=True):
-            parameter.data = mean
-        baked = with_level_table(self.unet)
-        for parameter, data in zip(self.parameters, current, strict=True):
-            parameter.data = data
-        return baked
+        with self.optimizer.applied():
+            return with_level_table(self.unet)
 
 
 @torch.no_grad()
@@ -185,27 +159,18 @@ def train(
     examples = Examples(load_heldout(), seed=seed)
     trainer = Trainer(build_unet(seed), lr, device)
     progress = Progress("upscaler", minutes=minutes, steps=steps)
-    path = work / "upscaler.pt"
-    if state := load_checkpoint(path):
-        trainer.restore(state["trainer"])
-        progress.restore(state["progress"])
 
-    def step() -> Tensor:
-        rng = random.Random(f"upscaler {seed} {progress.step}")
-        torch.manual_seed(seed * 1_000_003 + progress.step)
-        loss = trainer.loss(*examples.sample(rng, choose_side(rng, progress.fraction)))
-        trainer.step(loss, progress)
-        return loss
+    def loss(rng: random.Random) -> Tensor:
+        return trainer.loss(*examples.sample(rng, choose_side(rng, progress.fraction)))
 
-    def save() -> None:
-        save_checkpoint(path, {"trainer": trainer.state(), "progress": progress.state()})
+    def publish() -> None:
         unet = trainer.averaged()
         unet.save_pretrained(work / "unet")
         if (work / "vae").exists():
             vae = AutoencoderKL.from_pretrained(work / "vae").to(device)
             print(f"upscaler: {psnr(unet, vae):.2f} dB", flush=True)
 
-    run(progress, step, save, SAVE_SECONDS)
+    run(trainer.optimizer, progress, work / "upscaler.pt", loss, publish, seed=seed)
 
 
 def main() -> None:

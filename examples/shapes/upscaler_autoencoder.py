@@ -68,16 +68,17 @@ def train(
     seed: int = 0,
 ) -> None:
     """Train the decoder or the encoder, or go on with it; the result is `work/vae` in diffusers format."""
-    vae, progress = build_autoencoder(seed).to(device), Progress(stage, minutes=minutes, steps=steps)
+    vae, progress = build_autoencoder(seed).to(device), Progress(f"upscaler {stage}", minutes=minutes, steps=steps)
     examples = Examples(load_heldout(), stock=0)
-    fit(vae, work, stage, progress, lr, lambda: _loss(vae, stage, examples, progress, seed), lambda: psnr(vae, stage))
+
+    def loss(rng: random.Random) -> Tensor:
+        _, images = examples.sample(rng, choose_side(rng, progress.fraction))
+        return _loss(vae, stage, images.to(device))
+
+    fit(vae, work, stage, progress, lr, loss, lambda: psnr(vae, stage), seed)
 
 
-def _loss(vae: AutoencoderKL, stage: str, examples: Examples, progress: Progress, seed: int) -> Tensor:
-    rng = random.Random(f"upscaler {stage} {seed} {progress.step}")
-    torch.manual_seed(1_000_003 * seed + progress.step)
-    _, images = examples.sample(rng, choose_side(rng, progress.fraction))
-    images = images.to(vae.device)
+def _loss(vae: AutoencoderKL, stage: str, images: Tensor) -> Tensor:
     latents = encode_images(images)
     with torch.autocast(vae.device.type, torch.bfloat16):
         if stage == "decoder":
