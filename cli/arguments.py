@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..engine.errors import RequestError
+from ..engine.families import builtin_file
 from ..engine.request import Control
 
 NUMBER = r"\d+(?:\.\d*)?|\.\d+"
@@ -38,6 +39,16 @@ def read_size(text: str | None) -> dict[str, int]:
     if not (cross and width.isdecimal() and height.isdecimal()):
         raise RequestError(f"--size: got {text!r}, expected WIDTHxHEIGHT such as 512x768")
     return {"width": int(width), "height": int(height)}
+
+
+def read_class_labels(text: str | None) -> int | tuple[int, ...] | None:
+    """Field class_labels of "3", for all images, or of "3,5", one for each."""
+    if text is None:
+        return None
+    labels = text.split(",")
+    if not all(label.strip().isdecimal() for label in labels):
+        raise RequestError(f"--class-label: got {text!r}, expected a number such as 3, or one for every image: 3,5")
+    return int(text) if len(labels) == 1 else tuple(map(int, labels))
 
 
 def read_pictures(
@@ -105,8 +116,11 @@ def read_upscale(text: str | None) -> tuple[str | None, tuple[str, str] | None]:
 def read_lora(text: str) -> tuple[str, float]:
     """Path and strength of "PATH" or "PATH:STRENGTH"."""
     path, _, strength = text.rpartition(":")
-    number = path and re.fullmatch(rf"[+-]?(?:{NUMBER})", strength)
-    return (path, float(strength)) if number else (text, 1.0)
+    if path and re.fullmatch(rf"[+-]?(?:{NUMBER})", strength):
+        return path, float(strength)
+    if path and Path(builtin_file(path)).exists() and not Path(text).exists():
+        raise RequestError(f"--lora: got {text!r}, expected a strength such as 0.8 behind {path}:")
+    return text, 1.0
 
 
 def check_output(output: Path) -> None:

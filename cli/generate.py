@@ -12,6 +12,7 @@ from rich.text import Text
 from . import options
 from .arguments import (
     check_output,
+    read_class_labels,
     read_controlnets,
     read_controls,
     read_lora,
@@ -20,7 +21,7 @@ from .arguments import (
     read_size,
     read_upscale,
 )
-from .terminal import err, warn, watch
+from .terminal import err, watch
 
 if TYPE_CHECKING:
     from ..engine.request import Result
@@ -31,6 +32,7 @@ def generate(
     output: options.Output = Path("image.png"),
     model: options.Model = "shapes",
     negative: options.Negative = None,
+    class_label: options.ClassLabel = None,
     seed: options.Seed = None,
     steps: options.Steps = None,
     guidance: options.Guidance = None,
@@ -63,9 +65,10 @@ def generate(
     from ..engine.request import build_request
 
     nets, (enlarge, network) = read_controlnets(controlnet), read_upscale(upscale)
-    fields = {"negative_prompt": negative, "seed": seed, "steps": steps, "guidance_scale": guidance, "sampler": sampler,
-              "schedule": schedule, "n": n, "strength": strength, "noise_level": noise_level, "blur": blur,
-              "upscale": enlarge, "controls": read_controls(control, list(nets)), **read_size(size),
+    fields = {"negative_prompt": negative, "class_labels": read_class_labels(class_label), "seed": seed, "steps": steps,
+              "guidance_scale": guidance, "sampler": sampler, "schedule": schedule, "n": n, "strength": strength,
+              "noise_level": noise_level, "blur": blur, "upscale": enlarge,
+              "controls": read_controls(control, list(nets)), **read_size(size),
               **read_pictures(image, mask, change_map, outpaint)}  # fmt: skip
     requests = [build_request(text, fields) for text in read_prompts(prompt, prompts)]
     check_output(output)
@@ -90,8 +93,6 @@ def _save(result: Result, output: Path, index: int, count: int) -> dict[str, Any
     """Write the pictures of one of `count` prompts; what was made, for JSON."""
     name = output if count == 1 else output.with_name(f"{output.stem}-{index:03d}{output.suffix}")
     paths = result.save(name)
-    for warning in result.warnings:
-        warn(warning)
     stages = [_facts(stage) for stage in result.stages]
     entry = {"files": [str(path) for path in paths], "prompt": result.request.prompt, **_facts(result)}
     return entry | {"warnings": list(result.warnings)} | ({"stages": stages} if stages else {})

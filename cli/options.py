@@ -22,6 +22,10 @@ Output = Annotated[Path, typer.Option("--output", "-o", help="PNG to write; with
 Json = Annotated[bool, typer.Option("--json", help="Print what was made as JSON on standard output.")]
 
 Negative = Annotated[str | None, typer.Option(help="What to avoid.")]
+ClassLabel = Annotated[
+    str | None,
+    typer.Option(metavar="N[,N...]", help="Class, for models of classes; several: one for every image."),
+]
 Seed = Annotated[int | None, typer.Option(help="First seed; image i uses seed + i. Default: random, reported.")]
 Steps = Annotated[int | None, typer.Option(help="Sampling steps.")]
 Guidance = Annotated[float | None, typer.Option(help="Guidance scale; 1 turns guidance off.")]

@@ -31,11 +31,6 @@ def log_to_terminal(verbose: int, quiet: bool) -> None:
     err.quiet = quiet
 
 
-def warn(text: str) -> None:
-    """One line about what was cut or ignored."""
-    err.print(Text.assemble(("warning:", "yellow"), " ", text))
-
-
 def report(error: Exception) -> int:
     """Print an error as one line, whatever it is; the exit code."""
     err.quiet = False

@@ -154,12 +154,12 @@ _OF_ROWS = ("x", "base", "history", "table", "update", "first_line", "weights", 
 
 
 class Needs(NamedTuple):
-    """What an update has to do for some of its rows: see `Batch`."""
+    """What an update has to do for a row, or for some of its rows."""
 
-    draws: int
-    rescaled: bool
-    limited: bool
-    masked: bool
+    draws: int = 0  # the most noises of one update; 0: deterministic
+    rescaled: bool = False  # a guidance_rescale
+    limited: bool = False  # a dynamic threshold
+    masked: bool = False  # a known image to put back
 
 
 @dataclass(eq=False)
@@ -239,29 +239,9 @@ class Batch:
         return sum(len(seat.places) for seat in self.seats)
 
     @property
-    def draws(self) -> int:
-        """The most noises one update of any row needs (0: all rows are deterministic)."""
-        return max((seat.needs.draws for seat in self.seats), default=0)
-
-    @property
-    def rescaled(self) -> bool:
-        """Whether any row has a guidance_rescale."""
-        return any(seat.needs.rescaled for seat in self.seats)
-
-    @property
-    def limited(self) -> bool:
-        """Whether any row has a dynamic threshold."""
-        return any(seat.needs.limited for seat in self.seats)
-
-    @property
-    def masked(self) -> bool:
-        """Whether any row has a known image to put back."""
-        return any(seat.needs.masked for seat in self.seats)
-
-    @property
     def needs(self) -> Needs:
         """What an update of all rows has to do."""
-        return Needs(self.draws, self.rescaled, self.limited, self.masked)
+        return Needs(*map(max, zip(Needs(), *(seat.needs for seat in self.seats), strict=True)))
 
     @property
     def bytes(self) -> int:

@@ -139,6 +139,10 @@ def resolve(config: EngineConfig, *, vae_force_upcast: bool = False) -> Resolved
         value = getattr(config, name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0):
             raise RequestError(f"{name}: got {value!r}, expected a number > 0")
+    for name in ("controlnets", "loras"):
+        value = getattr(config, name)
+        if not isinstance(value, Mapping):
+            raise RequestError(f"{name}: got {value!r}, expected names and their sources, e.g. {{'name': 'folder'}}")
     cuda = device.type == "cuda"
     fixed = resolve_deterministic(config, device)
     eighth = torch.cuda.get_device_properties(device).total_memory // 8 if cuda else 2**30

@@ -40,8 +40,8 @@ class Pictures:
 
     images: float32 [H, W, 3] in 0..1, one for all rows or one each; mask: float32 [H, W], 1 where the image is painted
     anew; changes: float32 [H, W], a strength for every pixel. encoded: what the VAE made of them. values: [1 or n, 1,
-    h, w] in place of images, for a network of the user's. enlarged: [1 or n, C, h, w], what an upscaler is given of
-    them before noise, where it is not to be made from them: for tiles.
+    h, w] in place of images, for a network of the user's. enlarged: [n, C, h, w], what an upscaler is given of them,
+    noise included, where it is not to be made from them: for tiles.
     """
 
     images: tuple[np.ndarray, ...] = ()
@@ -250,17 +250,28 @@ def begin(parts: Components, settled: Settled, images: Sequence[int]) -> Begun:
     if parts.family.beside == "masked_image":
         masked = _latents(parts, pictures, images, drawn("beside"), masked=True)
         concat = torch.cat([_latent_mask(parts, pictures).to(masked).expand(len(images), -1, -1, -1), masked], 1)
+    elif pictures.enlarged is not None:
+        concat = pictures.enlarged[list(images)].to(x)
     elif parts.family.enlarges:
         noise_beside = drawn("beside") if is_noised(parts) else None
         concat = noised(parts, settled.request, _low_resolution(parts, settled, images).to(x), noise_beside)
     return Begun(x, mask, known, None if concat is None else concat.repeat_interleave(settled.branches, 0))
 
 
+def for_tiles(parts: Components, whole: Settled, images: Sequence[np.ndarray]) -> tuple[Tensor, Tensor]:
+    """What `begin` would give an upscaler of whole images [h, w, 3] beside the latents, and the latents' noise.
+
+    Both [n, C, h, w], the noise on the host: to cut tiles from, which then see the same noise where they overlap.
+    """
+    draws = [_draw(parts, whole, index) for index in range(len(whole.seeds))]
+    low = enlarged(parts, whole.request, images, whole.width, whole.height)
+    beside = torch.cat([draw.beside for draw in draws if draw.beside is not None]).to(low) if is_noised(parts) else None
+    return noised(parts, whole.request, low, beside), torch.cat([draw.noise for draw in draws])
+
+
 def _low_resolution(parts: Components, settled: Settled, images: Sequence[int]) -> Tensor:
     """What an upscaler's rows are given beside the latents, before noise [len(images), C, h, w]."""
-    given, pictures = settled.pictures.images, settled.pictures
-    if pictures.enlarged is not None:
-        return _rows(pictures.enlarged, images)
+    given = settled.pictures.images
     chosen = given if len(given) == 1 else [given[index] for index in images]
     made = enlarged(parts, settled.request, chosen, settled.width, settled.height)
     return made.expand(len(images), -1, -1, -1)

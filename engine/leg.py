@@ -15,7 +15,8 @@ from torch import Tensor
 from .cascade import Stage
 from .conditioning.images import resize
 from .errors import RequestError
-from .low_resolution import check_enlarges, enlarged, enlarged_size
+from .imaging import for_tiles
+from .low_resolution import check_enlarges, enlarged_size
 from .model import Model
 from .models.tiles import Tiles
 from .models.vae import Gaussian, from_model
@@ -142,10 +143,10 @@ class Leg:
         own: dict[str, Any] = {"n": n * len(tiles), "height": tiles.shape[0] * site, "width": tiles.shape[1] * site}
         if self.goes_on:
             own["latents"] = crop(tiles, values["latents"])
-        elif seed is not None:
+        elif seed is not None and not self.enlarges:
             own["latents"] = crop(tiles, initial_noise(seed, (parts.channels, *tiles.size), n))
         if self.enlarges:
-            own["image"] = [np.zeros((*tiles.shape, 3), np.float32)]  # `enlarge_whole` puts in what it is
+            own["image"] = [np.zeros((*tiles.shape, 3), np.float32)]  # `cut_whole` puts in what it is, and the noise
         elif not self.goes_on:
             images = torch.from_numpy(np.stack(values["image"])).permute(0, 3, 1, 2)
             cut = list(crop(tiles, images, self.pixels).permute(0, 2, 3, 1).numpy())
@@ -155,15 +156,18 @@ class Leg:
             if given is not None and len(given) == n > 1:
                 own[name] = given.repeat_interleave(len(tiles), 0)
         labels = values.get("class_labels")
-        if isinstance(labels, tuple):
+        if isinstance(labels, (tuple, list)):
             own["class_labels"] = tuple(label for label in labels for _ in range(len(tiles)))
         return own
 
-    def enlarge_whole(self, settled: Settled, images: list[NDArray[np.float32]]) -> Settled:
-        """The rows of an upscaler's tiles, which see parts of images [h, w, 3] that were blurred and enlarged whole."""
+    def cut_whole(self, settled: Settled, whole: Settled, images: list[NDArray[np.float32]]) -> Settled:
+        """The rows of an upscaler's tiles, which see parts of images [h, w, 3] that were blurred, enlarged and noised
+        whole. whole: the request that they are together.
+        """
         assert self.tiles is not None
-        whole = enlarged(self.model.parts, settled.request, images, self.width, self.height)
-        return replace(settled, pictures=replace(settled.pictures, enlarged=crop(self.tiles, whole)))
+        low, noise = (crop(self.tiles, one) for one in for_tiles(self.model.parts, whole, images))
+        pictures = replace(settled.pictures, enlarged=low)
+        return replace(settled, request=replace(settled.request, latents=noise), pictures=pictures)
 
     def encode(self, settled: Settled, latents: Tensor) -> None:
         """Put latents [n, C, h, w] of its size in place of what the VAE would make of its rows' image."""

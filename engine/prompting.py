@@ -218,7 +218,8 @@ def _labels(parts: Components, request: Request) -> tuple[int, ...] | None:
         if labels is not None:
             raise RequestError(f"class_labels: {parts.name} is unconditional; leave them out")
         return None
-    chosen = (labels,) * n if isinstance(labels, int) else labels
-    if chosen is None or len(chosen) != n or not all(0 <= label < classes for label in chosen):
+    chosen = labels if isinstance(labels, (tuple, list)) else (labels,) * n
+    known = tuple(label for label in chosen if type(label) is int and 0 <= label < classes)
+    if len(chosen) != n or len(known) != n:
         raise RequestError(f"class_labels: got {labels!r}, expected {n} class numbers from 0 to {classes - 1}")
-    return chosen
+    return known

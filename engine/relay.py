@@ -180,12 +180,13 @@ class Relay:
         if leg.tiles is not None:
             rows |= leg.in_tiles(leg.tiles, rows, n, None if outcome is None else seed)
         settled = settle(parts, Request(**rows))
+        size = {"width": leg.width, "height": leg.height, "seeds": settled.seeds[:n], "pictures": Pictures()}
+        together = replace(settled, request=Request(**whole), **size)
         if leg.tiles is not None and leg.enlarges and outcome is not None:
-            settled = leg.enlarge_whole(settled, leg.images(outcome))
+            settled = leg.cut_whole(settled, together, leg.images(outcome))
         if latents is not None and not leg.goes_on:
             leg.encode(settled, latents)
-        size = {"width": leg.width, "height": leg.height, "seeds": settled.seeds[:n], "pictures": Pictures()}
-        return settled, replace(settled, request=Request(**whole), **size)
+        return settled, together
 
     def _resample(self, stage: Stage, outcome: Outcome) -> Outcome:
         """A stage without a network."""

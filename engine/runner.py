@@ -47,7 +47,7 @@ class Before(NamedTuple):
         outputs = state.outputs[state.model_rows[rows]][:, :, : x.shape[1]].to(x.dtype)
         weights = rescale_weights(outputs, state.weights[rows], state.rescale[rows]).to(x.dtype)
         raw = raw_estimate(x, outputs, weights, lines)
-        limit = limits(raw, state.threshold[rows]) if self.batch.limited else None
+        limit = limits(raw, state.threshold[rows]) if self.batch.needs.limited else None
         return bounded(raw, lines[:, Column.CLAMP], limit)
 
 

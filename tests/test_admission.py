@@ -16,9 +16,10 @@ from stepfuse import Engine, EngineConfig, Job
 from stepfuse.engine import batch as batch_module
 from stepfuse.engine import pipeline
 from stepfuse.engine.batch import Batch
-from stepfuse.engine.components import Components, load_components
+from stepfuse.engine.components import Components
 from stepfuse.engine.env import physical_memory
 from stepfuse.engine.errors import Cancelled, DeadlineMissed, MemoryBudgetError, QueueFull, RequestError
+from stepfuse.engine.loading import load_components
 from stepfuse.engine.request import build_request
 from stepfuse.engine.scheduling.costs import CLIP, MeasuredCosts
 from stepfuse.engine.settling import settle

@@ -76,11 +76,10 @@ def check(batch: Batch, expected: dict[tuple[int, int], Arrivals]) -> None:
     nowhere = batch.capacity * batch.width
     assert (state.model_rows[len(batch) :] == nowhere).all(), "padding rows write to the place nobody reads"
     assert not state.row_of[batch.model_rows :].any()
-    assert batch.draws == max((new.draws for new in expected.values()), default=0)
-    assert batch.rescaled == any(new.rescale > 0 for new in expected.values())
-    assert batch.masked == any(new.mask is not None for new in expected.values())
-    assert batch.limited == any(new.threshold is not None for new in expected.values())
-    assert batch.needs == (batch.draws, batch.rescaled, batch.limited, batch.masked)
+    assert batch.needs.draws == max((new.draws for new in expected.values()), default=0)
+    assert batch.needs.rescaled == any(new.rescale > 0 for new in expected.values())
+    assert batch.needs.limited == any(new.threshold is not None for new in expected.values())
+    assert batch.needs.masked == any(new.mask is not None for new in expected.values())
 
 
 @settings(max_examples=60, deadline=None)

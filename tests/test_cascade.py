@@ -17,11 +17,12 @@ import torch.nn.functional as F
 
 from stepfuse import Engine, EngineConfig, Request
 from stepfuse.engine.cascade import BUILTIN, Cascade, Stage
-from stepfuse.engine.components import Components, load_components
+from stepfuse.engine.components import Components, LowResolution
 from stepfuse.engine.conditioning.images import load_image, resize
 from stepfuse.engine.errors import Cancelled, DeadlineMissed, QueueFull, RequestError, StepfuseError
 from stepfuse.engine.imaging import begin
 from stepfuse.engine.leg import Leg
+from stepfuse.engine.loading import load_components
 from stepfuse.engine.models.tiles import Tiles
 from stepfuse.engine.relay import SEED_STRIDE, Relay
 from stepfuse.engine.sampling.noise import initial_noise
@@ -56,10 +57,11 @@ def engine(parts: Components) -> Iterator[Engine]:
 
 @pytest.fixture(scope="module")
 def both(parts: Components, reference_pipeline: Callable[[str], Path]) -> Iterator[Engine]:
-    """The built-in model, again as "second", and a small x4 upscaler."""
+    """The built-in model, again as "second", and a small x4 upscaler, also "clean": one whose levels are no noise."""
     with Engine(parts) as made:
         made.add("second", parts)
         made.add("x4", reference_pipeline("x4_upscaler"))
+        made.add("clean", dataclasses.replace(made.models["x4"].parts, low_resolution=LowResolution(None, 350, 1.0)))
         made.add("other", reference_pipeline("sd15"))
         yield made
 
@@ -255,7 +257,7 @@ def test_tiled_resampling_equals_untiled_but_near_seams() -> None:
 
 @pytest.mark.parametrize(
     ("model", "tile", "overlap", "factor", "fields"),
-    [("second", 48, 16, 2, {"strength": 0.5}), ("x4", 96, 24, 4, {"noise_level": 20})],
+    [("second", 48, 16, 2, {"strength": 0.5}), ("clean", 96, 24, 4, {"noise_level": 0})],
 )
 def test_tiles_are_rows_that_equal_requests_of_their_own(
     both: Engine, model: str, tile: int, overlap: int, factor: int, fields: dict[str, Any]
@@ -272,7 +274,7 @@ def test_tiles_are_rows_that_equal_requests_of_their_own(
     assert second.images.shape == (2, 32 * factor, 32 * factor, 3)
     assert second.latents.shape == (2, channels, side, side)
     assert second.request.n == 2
-    pixels = 1 if model == "x4" else site
+    pixels = 1 if model == "clean" else site
     inputs = [resize(image, side * pixels, side * pixels) for image in first.images]
     noise, by_tile = initial_noise(2 + SEED_STRIDE, (channels, side, side), 2), []
     for number, (top, left) in enumerate(tiles.places):

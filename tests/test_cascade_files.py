@@ -10,9 +10,9 @@ import pytest
 
 from stepfuse import Engine, EngineConfig, cli
 from stepfuse.engine.cascade import Cascade, Stage
-from stepfuse.engine.components import load_components
 from stepfuse.engine.conditioning.images import load_image
 from stepfuse.engine.errors import RequestError
+from stepfuse.engine.loading import load_components
 
 SIZE: dict[str, Any] = {"width": 32, "height": 32}
 

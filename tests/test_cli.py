@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from reference.pixel_upscalers import NETWORK, save
 from safetensors.torch import save_file
 
 from stepfuse import Engine, cli
@@ -126,6 +127,12 @@ def test_loras_and_learned_words_change_the_picture(stepfuse, tmp_path: Path) ->
         (["generate", "x", "--device", "mps"], 4, "'mps' is not supported"),
         (["generate", "x", "--lora", "absent.safetensors:0.8"], 3, "LoRA absent.safetensors: no such file"),
         (["generate", "x", "--embedding", "absent.safetensors"], 3, "embedding absent.safetensors: no such file"),
+        (["generate", "x", "--lora", "shapes-dom"], 3, "no such file or folder; `stepfuse models` lists the built-in"),
+        (["generate", "x", "--lora", "shapes-dome:x"], 2, "--lora: got 'shapes-dome:x', expected a strength such as"),
+        (["generate", "x", "--embedding", "shapes-moon"], 3, "no such file; `stepfuse models` lists the built-in ones"),
+        (["generate", "x", "--class-label", "3"], 2, "class_labels: shapes is conditioned on text; leave them out"),
+        (["generate", "--class-label", "-1"], 2, "--class-label: got '-1', expected a number such as 3"),
+        (["generate", "--class-label", "3,"], 2, "--class-label: got '3,', expected a number such as 3"),
         (["generate", "x", "--image", "no.png"], 2, "image: no file 'no.png'"),
         (["generate", "x", "--image", "in.png", "--mask", "no.png"], 2, "mask: no file 'no.png'"),
         (["generate", "x", "--image", "https://a.com/b.png"], 2, "nothing is downloaded"),
@@ -224,6 +231,28 @@ def test_a_model_without_text_enlarges_a_picture(stepfuse, tmp_path: Path) -> No
     code, _, err = stepfuse(*common, "--noise-level", "0")
     assert code == 0, err
     assert Image.open(tmp_path / "x.png").size == (128, 96)
+
+
+def test_a_model_of_classes_takes_labels(stepfuse, tmp_path: Path) -> None:
+    """One for all images, or one for each, and no prompt."""
+    save(tmp_path / "classes", NETWORK | {"num_class_embeds": 4})
+    common = ("generate", "--model", "classes", "--seed", "3", "--steps", "1", "--n", "2")
+    for labels in ("3", "3,1"):
+        code, _, err = stepfuse(*common, "--class-label", labels, "-o", f"{labels}.png")
+        assert code == 0, err
+    pixels = {(labels, seed): Image.open(tmp_path / f"{labels}-{seed}.png").tobytes()
+              for labels in ("3", "3,1") for seed in (3, 4)}  # fmt: skip
+    assert pixels["3", 3] == pixels["3,1", 3]
+    assert pixels["3", 4] != pixels["3,1", 4]
+    code, _, err = stepfuse(*common, "--n", "3", "--class-label", "3,1")
+    assert (code, "class_labels: got (3, 1), expected 3 class numbers" in err) == (2, True)
+
+
+def test_a_warning_is_said_once(stepfuse) -> None:
+    code, _, err = stepfuse("generate", "x", "--negative", "y", "--guidance", "1", "--steps", "1", "-o", "x.png")
+    assert code == 0
+    assert err.count("negative_prompt has no effect") == 1
+    assert "no effect" not in stepfuse("-q", "generate", "x", "--negative", "y", "--guidance", "1", "--steps", "1")[2]
 
 
 def test_what_texts_of_options_mean() -> None:

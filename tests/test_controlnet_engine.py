@@ -25,8 +25,9 @@ from stepfuse.engine.admission import Admission
 from stepfuse.engine.batch import Batch
 from stepfuse.engine.calibration import Calibration, Curve, Point
 from stepfuse.engine.compile import Compiled
-from stepfuse.engine.components import Components, load_components
+from stepfuse.engine.components import Components
 from stepfuse.engine.errors import CheckpointError, RequestError
+from stepfuse.engine.loading import load_components
 from stepfuse.engine.models.controlled import Controlled
 from stepfuse.engine.models.unet import Conditioning
 from stepfuse.engine.runner import Runner

@@ -16,9 +16,10 @@ from reference.recording import DryRecorder
 from stepfuse import Engine, EngineConfig, Request
 from stepfuse.engine import binding, config, determinism, pipeline
 from stepfuse.engine.batch import Batch
-from stepfuse.engine.components import Components, load_components
+from stepfuse.engine.components import Components
 from stepfuse.engine.errors import RequestError
 from stepfuse.engine.graphs import CudaRecorder
+from stepfuse.engine.loading import load_components
 from stepfuse.engine.runner import Runner
 from stepfuse.engine.settling import settle
 from stepfuse.kernels import attention

@@ -16,9 +16,9 @@ from reference.recording import DryRecorder
 from stepfuse import Engine, EngineConfig, Request
 from stepfuse.engine import pipeline
 from stepfuse.engine.batch import Batch
-from stepfuse.engine.components import load_components
 from stepfuse.engine.conditioning.images import expand
 from stepfuse.engine.errors import RequestError
+from stepfuse.engine.loading import load_components
 from stepfuse.engine.models.vae import to_model
 from stepfuse.engine.runner import Runner
 from stepfuse.engine.settling import settle

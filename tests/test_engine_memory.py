@@ -14,8 +14,9 @@ from reference.recording import DryRecorder
 from stepfuse import Engine, EngineConfig, Job, Request
 from stepfuse.engine import pipeline
 from stepfuse.engine.batch import Batch
-from stepfuse.engine.components import Components, load_components
+from stepfuse.engine.components import Components
 from stepfuse.engine.errors import DeviceError, EngineClosed, NumericsError
+from stepfuse.engine.loading import load_components
 from stepfuse.engine.request import build_request
 from stepfuse.engine.runner import Runner
 from stepfuse.engine.settling import Settled

@@ -14,8 +14,9 @@ import torch
 from stepfuse import Engine, EngineConfig, Request
 from stepfuse.engine import admission
 from stepfuse.engine.admission import weight_bytes
-from stepfuse.engine.components import Components, load_components
+from stepfuse.engine.components import Components
 from stepfuse.engine.errors import MemoryBudgetError, RequestError
+from stepfuse.engine.loading import load_components
 from stepfuse.engine.scheduling.costs import MeasuredCosts
 from stepfuse.engine.ticket import Bucket
 

@@ -20,11 +20,11 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from stepfuse.engine.artifact import Manifest, Range, sha256
-from stepfuse.engine.components import load_components
 from stepfuse.engine.config import EngineConfig
 from stepfuse.engine.engine import Engine
 from stepfuse.engine.errors import CheckpointError, DeviceError, RequestError
 from stepfuse.engine.families import builtin_folder
+from stepfuse.engine.loading import load_components
 from stepfuse.engine.models.unet import Conditioning, UNet
 from stepfuse.engine.models.vae import AutoencoderKL
 from stepfuse.engine.runtimes.aoti import Session

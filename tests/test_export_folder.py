@@ -19,10 +19,10 @@ from reference.parity import error, ours
 from reference.random_weights import normal
 
 from stepfuse.engine.artifact import MANIFEST, Manifest, Profile, Range, sha256
-from stepfuse.engine.components import load_components
 from stepfuse.engine.config import EngineConfig
 from stepfuse.engine.errors import CheckpointError, RequestError
 from stepfuse.engine.families import builtin_folder
+from stepfuse.engine.loading import load_components
 from stepfuse.engine.models.unet import Conditioning, UNet
 from stepfuse.engine.models.vae import AutoencoderKL
 from stepfuse.engine.runtimes.onnxruntime import Session

@@ -13,9 +13,10 @@ from reference.parity import ours
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from stepfuse.engine.components import Components, load_components
+from stepfuse.engine.components import Components
 from stepfuse.engine.config import EngineConfig
 from stepfuse.engine.errors import CheckpointError, NumericsError, RequestError
+from stepfuse.engine.loading import load_components
 from stepfuse.engine.models.projections import stacked
 from stepfuse.engine.weights.lora import MergedLoRAs
 from stepfuse.engine.weights.lora_file import LoRA, parse_lora, read_lora

@@ -18,7 +18,9 @@ from reference.pixel_upscalers import NETWORK, NOISING, SAMPLER, save
 from torch import Tensor
 
 from stepfuse import Engine, EngineConfig
-from stepfuse.engine.components import Components, load_components
+from stepfuse.engine.cascade import Cascade, Stage
+from stepfuse.engine.components import Components
+from stepfuse.engine.loading import load_components
 from stepfuse.engine.low_resolution import blur
 from stepfuse.engine.models.unet import Conditioning
 from stepfuse.engine.models.unet_config import UNetConfig
@@ -159,3 +161,17 @@ def test_two_levels_give_the_conditional_distribution(exact: Components, level: 
         assert (image - mean - factor * (noise - levels[0].alpha * mean)).abs().max() <= 2e-5
     assert law.mean() == pytest.approx(share * at.alpha * y, abs=0.03)
     assert law.var() == pytest.approx(1 - share**2 * at.alpha**2, rel=0.05)
+
+
+def test_tiles_of_a_network_that_sees_single_pixels_are_the_whole(exact: Components) -> None:
+    """Both noises are of the whole: those of tiles with noises of their own differ where tiles overlap."""
+    image = np.random.default_rng(4).random((16, 16, 3), dtype=np.float32)
+    request: dict[str, Any] = {"image": image, "n": 2, "seed": 3, "steps": 2, "noise_level": 300}
+    stage = {"noise_level": 700, "blur": 1.5, "steps": 5}
+    with Engine(exact) as engine:
+        whole, tiled = (
+            engine.generate(cascade=Cascade(name="c", stages=(Stage(), one)), output="latent", **request).latents
+            for one in (Stage(scale=1.5, request=stage), Stage(scale=1.5, tile=40, overlap=12, request=stage))
+        )
+    assert whole.shape == (2, 1, 96, 96)
+    assert (tiled - whole).abs().max() <= 1e-5

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from stepfuse import Engine, EngineConfig, Request
-from stepfuse.engine.components import load_components
 from stepfuse.engine.errors import Cancelled, DeadlineMissed
+from stepfuse.engine.loading import load_components
 from stepfuse.engine.request import Job
 
 SAMPLERS = ("ddim", "ddpm", "euler", "euler_a", "heun", "lms", "dpmpp_2m", "pndm", "lcm")

@@ -16,8 +16,9 @@ from stepfuse.engine import batch as batch_module
 from stepfuse.engine import pipeline
 from stepfuse.engine import runner as runner_module
 from stepfuse.engine.batch import Batch, Saved
-from stepfuse.engine.components import Components, load_components
+from stepfuse.engine.components import Components
 from stepfuse.engine.errors import Cancelled, EngineClosed
+from stepfuse.engine.loading import load_components
 from stepfuse.engine.parking import Bank
 from stepfuse.engine.runner import Runner
 from stepfuse.engine.settling import Settled, settle

@@ -18,8 +18,9 @@ from stepfuse import Engine, EngineConfig, Request
 from stepfuse.engine import pipeline
 from stepfuse.engine.batch import Batch
 from stepfuse.engine.cascade import Cascade, Stage
-from stepfuse.engine.components import Components, load_components
+from stepfuse.engine.components import Components
 from stepfuse.engine.errors import CheckpointError, RequestError
+from stepfuse.engine.loading import load_components
 from stepfuse.engine.low_resolution import enlarged
 from stepfuse.engine.relay import SEED_STRIDE, Relay
 from stepfuse.engine.results import to_arrays
@@ -198,9 +199,10 @@ def test_cascades_that_run_together_equal_themselves_alone(engine: Engine) -> No
             assert relative(mixed.latents, own.latents) <= 1e-4
 
 
-def test_tiles_are_parts_of_the_whole_blurred_and_enlarged(engine: Engine) -> None:
-    stage = Stage(model="levels", scale=4, tile=16, overlap=4, request={"blur": 1.5, "steps": 2, "noise_level": 0})
-    cascade, request = Cascade(name="t", stages=(Stage(), stage)), Request(class_labels=(1, 2), n=2, seed=1)
+@pytest.mark.parametrize("labels", [(1, 2), [1, 2], 1])
+def test_tiles_are_parts_of_the_whole_blurred_and_enlarged(engine: Engine, labels: Any) -> None:
+    stage = Stage(model="classes", scale=4, tile=16, overlap=4, request={"blur": 1.5, "steps": 2})
+    cascade, request = Cascade(name="t", stages=(Stage(), stage)), Request(class_labels=labels, n=2, seed=1)
     relay = Relay(cascade, request, engine._model)
     images = torch.from_numpy(SMALL).permute(0, 3, 1, 2)
     ticket = relay.follow(engine.generate(class_labels=1, steps=1), images * 2 - 1, images)
@@ -209,7 +211,9 @@ def test_tiles_are_parts_of_the_whole_blurred_and_enlarged(engine: Engine) -> No
     rows = ticket.settled.pictures.enlarged
     assert rows is not None
     assert rows.shape == (2 * len(ticket.tiles), 3, 16, 16)
-    parts = engine.models["levels"].parts
+    parts = engine.models["classes"].parts
+    told = ticket.settled.request.class_labels
+    assert told == (1 if labels == 1 else tuple(label for label in labels for _ in range(len(ticket.tiles))))
     whole = enlarged(parts, Request(blur=1.5), list(SMALL), 32, 32)
     for own, image in zip(rows.split(len(ticket.tiles)), whole, strict=True):
         assert torch.allclose(ticket.tiles.blend(own.split(1))[0], image, atol=1e-6)
@@ -247,9 +251,12 @@ def test_what_makes_no_sense_is_said_before_anything_runs(engine: Engine, stage:
         ("levels", {"image": SMALL[0], "blur": float("nan")}, "blur: got nan"),
         ("levels", {"blur": 1.0}, "blur: got one without an image"),
         ("classes", {"image": SMALL[0]}, "class_labels: got None, expected 1 class numbers from 0 to 5"),
+        (None, {"class_labels": 1.5}, "class_labels: got 1.5, expected 1 class numbers"),
+        (None, {"class_labels": (1.5,)}, r"class_labels: got \(1.5,\), expected 1 class numbers"),
+        (None, {"class_labels": "1"}, "class_labels: got '1', expected 1 class numbers"),
     ],
 )
-def test_requests_that_fit_no_upscaler(engine: Engine, model: str, fields: dict[str, Any], message: str) -> None:
+def test_requests_that_fit_no_upscaler(engine: Engine, model: str | None, fields: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError, match=message):
         engine.submit(model=model, **fields)
 

@@ -13,11 +13,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from stepfuse.engine.components import load_components
 from stepfuse.engine.conditioning.prompt_weights import Chunk, Span, parse_prompt, split_tokens
 from stepfuse.engine.conditioning.text import TextEncoder, Tokens, encode_prompts, join, pad_prompts
 from stepfuse.engine.config import EngineConfig
 from stepfuse.engine.errors import RequestError
+from stepfuse.engine.loading import load_components
 
 COMMA = 1
 

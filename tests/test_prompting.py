@@ -11,8 +11,9 @@ import torch
 
 from stepfuse import Engine, EngineConfig, Request
 from stepfuse.engine import pipeline
-from stepfuse.engine.components import Components, load_components
+from stepfuse.engine.components import Components
 from stepfuse.engine.errors import RequestError
+from stepfuse.engine.loading import load_components
 from stepfuse.engine.prompting import token_counts
 from stepfuse.engine.request import build_request
 from stepfuse.engine.settling import settle

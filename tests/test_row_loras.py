@@ -19,9 +19,10 @@ from stepfuse.engine.admission import weight_bytes
 from stepfuse.engine.calibration import Calibration, Curve, Point
 from stepfuse.engine.cascade import Cascade, Stage
 from stepfuse.engine.compile import Compiled
-from stepfuse.engine.components import Components, load_components
+from stepfuse.engine.components import Components
 from stepfuse.engine.config import resolve
 from stepfuse.engine.errors import CheckpointError, RequestError
+from stepfuse.engine.loading import load_components
 from stepfuse.engine.models.layers import Attention
 from stepfuse.engine.runner import Runner
 from stepfuse.engine.settling import settle
@@ -274,12 +275,15 @@ def test_networks_with_and_without_loras_are_one_graph_each(parts: Components) -
     assert [one.count for one in compiled.values()] == [1, 1]
 
 
-def test_deterministic_rows_do_not_depend_on_others(parts: Components) -> None:
-    """Two images of one request, prepared one by one, equal each alone."""
-    config = dataclasses.replace(parts.config, deterministic=1, max_rows=1)
+@pytest.mark.parametrize("images", [1, 3])
+def test_deterministic_rows_do_not_depend_on_others(parts: Components, images: int) -> None:
+    """Two images of one request, prepared one by one, beside one with another LoRA, equal each alone."""
+    config = dataclasses.replace(parts.config, deterministic=images, max_rows=images)
     with Engine(dataclasses.replace(parts, config=config)) as engine:
-        both = latents(engine, (("all", 0.5),), n=2, seed=8)
-        assert torch.equal(both[1:], latents(engine, (("all", 0.5),), seed=9))
+        other = Request(prompt="dog", loras=(("linear", -1.0),), **SMALL, seed=3)
+        both = Request(prompt=PROMPT, loras=(("all", 0.5),), **SMALL, n=2, seed=8)
+        found = engine.generate([other, both])[1].latents
+        assert torch.equal(found[1:], latents(engine, (("all", 0.5),), seed=9))
 
 
 def test_projections_that_were_fused_have_side_paths(folder: Path, files: dict[str, Path], exact: Engine) -> None:
@@ -344,6 +348,9 @@ def test_files_that_do_not_fit_are_errors(folder: Path, files: dict[str, Path], 
         Engine.load(folder, device="cpu", loras={"a": tmp_path / "partial.safetensors"})
     with pytest.raises(CheckpointError, match="no such file"):
         Engine.load(folder, device="cpu", loras={"a": tmp_path / "absent.safetensors"})
+    for wrong in ("controlnets", "loras"):
+        with pytest.raises(RequestError, match=rf"{wrong}: got \['a'\], expected names and their sources"):
+            resolve(EngineConfig(device="cpu", **{wrong: ["a"]}))
     with pytest.raises(RequestError, match=r"loras: got '': .*, expected name: file or folder"):
         Engine.load(folder, device="cpu", loras={"": files["cross"]})
     with pytest.raises(RequestError, match=r"loras: got .* with runtime='onnxruntime'; the weights of exported"):

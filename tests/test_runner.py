@@ -21,9 +21,10 @@ from stepfuse.engine import pipeline
 from stepfuse.engine import runner as runner_module
 from stepfuse.engine.batch import Batch
 from stepfuse.engine.compile import Compiled
-from stepfuse.engine.components import Components, load_components
+from stepfuse.engine.components import Components
 from stepfuse.engine.errors import RequestError
 from stepfuse.engine.graphs import planned_sizes
+from stepfuse.engine.loading import load_components
 from stepfuse.engine.runner import Runner
 from stepfuse.engine.settling import settle
 

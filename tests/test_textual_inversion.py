@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from stepfuse.engine.components import load_components
 from stepfuse.engine.conditioning.text import TextEncoder, encode_prompts
 from stepfuse.engine.conditioning.textual_inversion import (
     Embedding,
@@ -23,6 +22,7 @@ from stepfuse.engine.conditioning.textual_inversion import (
 )
 from stepfuse.engine.config import EngineConfig
 from stepfuse.engine.errors import CheckpointError, NumericsError, RequestError
+from stepfuse.engine.loading import load_components
 
 Pipeline = Callable[[str], Path]
 PROMPTS = ["a <cat-toy> on a table", "mystyle, photo <cat-toy>", "a cat"]

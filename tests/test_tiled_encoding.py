@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from stepfuse import Engine, EngineConfig
-from stepfuse.engine.components import Components, load_components
+from stepfuse.engine.components import Components
+from stepfuse.engine.loading import load_components
 from stepfuse.engine.models import vae_tiling
 from stepfuse.engine.models.vae_tiling import UNTILED_PIXELS, in_tiles
 

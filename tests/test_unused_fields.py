@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from stepfuse import EngineConfig
-from stepfuse.engine.components import Components, load_components
+from stepfuse.engine.components import Components
 from stepfuse.engine.errors import RequestError
+from stepfuse.engine.loading import load_components
 from stepfuse.engine.request import build_request
 from stepfuse.engine.settling import settle
 from stepfuse.engine.user_module import user_components

@@ -20,10 +20,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...engine.components import Components, load_components
+from ...engine.components import Components
 from ...engine.config import EngineConfig
 from ...engine.engine import Engine
 from ...engine.errors import NumericsError
+from ...engine.loading import load_components
 from ...engine.request import Control, Job, Request, Result
 from ..mix import Mix
 from ..random_models import with_controlnet, with_loras

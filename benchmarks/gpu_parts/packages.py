@@ -16,9 +16,10 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from ...engine.components import Components, load_components, short
+from ...engine.components import Components, short
 from ...engine.config import EngineConfig
 from ...engine.families import builtin_folder
+from ...engine.loading import load_components
 from ...engine.runner import Runner
 from ...engine.runtimes.exported import FixedKernels
 from ...engine.runtimes.opened import Opened

@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
-from ...engine.components import Components, load_components
+from ...engine.components import Components
 from ...engine.config import EngineConfig
 from ...engine.engine import Engine
 from ...engine.graphs import WARM_UP, Replayable, Run
+from ...engine.loading import load_components
 from ...engine.request import Request
 from ...engine.runner import Runner
 from ..mix import Mix

@@ -41,7 +41,7 @@ def read_embeddings(source: str | Path, token: str | None = None) -> list[Embedd
     if path.suffix in PICKLES:
         raise CheckpointError(f"embedding {path}: pickled files can run code when opened; convert it to safetensors")
     if not path.is_file():
-        raise CheckpointError(f"embedding {path}: no such file")
+        raise CheckpointError(f"embedding {path}: no such file; `stepfuse models` lists the built-in ones")
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (no mapping)
@@ -53,7 +53,7 @@ def read_embeddings(source: str | Path, token: str | None = None) -> list[Embedd
 def parse_embeddings(name: str, tensors: Mapping[str, Tensor], token: str | None = None) -> list[Embedding]:
     """Embeddings from the tensors of a file `name`. Raises as `read_embeddings`; NumericsError for NaN or Inf."""
     if bad := [f"{key} {list(t.shape)}" for key, t in tensors.items() if t.dim() not in (1, 2) or t.numel() == 0]:
-        raise CheckpointError(f"embedding {name}: expected vectors [n, D], got {', '.join(bad[:20])}")
+        raise CheckpointError(f"embedding {name}: expected vectors [n, D], got {', '.join(bad[:3])}")
     if bad := [key for key, t in tensors.items() if not t.is_floating_point() or not torch.isfinite(t).all()]:
         raise NumericsError(f"embedding {name}: NaN, Inf or integers in {', '.join(bad[:20])}")
     vectors = {key: t if t.dim() == 2 else t[None] for key, t in tensors.items()}
@@ -134,7 +134,7 @@ class TextualInversions:
                 reason = "which the tokenizer knows already"
             else:
                 continue
-            raise RequestError(f"embedding: got the word {word!r}, {reason}; pass another with token=...")
+            raise RequestError(f"embedding: got the word {word!r}, {reason}; give (file, another word)")
 
     def _restore(self) -> None:
         for encoder, (tokenizer, table) in zip(self._encoders, self._before, strict=False):

@@ -22,8 +22,10 @@ def convolve(conv: nn.Conv2d, x: Tensor, bias: bool = True) -> Tensor:
     """conv(x) for x [R, C, h, w], or without its bias where the next op adds it."""
     if x.device.type == "cpu" and not torch.compiler.is_compiling() and _few_sites(conv, x):
         y = multiply_patches(conv, x, bias)
+    elif bias:
+        return conv(x)  # its side path, if it has one, included
     else:
-        y = F.conv2d(x, conv.weight, conv.bias if bias else None, conv.stride, conv.padding)
+        y = F.conv2d(x, conv.weight, None, conv.stride, conv.padding)
     return conv.add(y, x) if isinstance(conv, AdaptedConv2d) else y
 
 

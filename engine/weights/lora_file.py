@@ -206,5 +206,5 @@ def _locate(path: Path) -> Path:
     if path.suffix in PICKLES:
         raise CheckpointError(f"LoRA {path}: pickled files can run code when opened; get the safetensors file")
     if not path.is_file():
-        raise CheckpointError(f"LoRA {path}: no such file or folder")
+        raise CheckpointError(f"LoRA {path}: no such file or folder; `stepfuse models` lists the built-in ones")
     return path
