@@ -44,12 +44,6 @@ class Prepared:
     loras: Tensor | None = None  # int64 [R, S, kinds] and [R, S]: as of `adapted.Chosen`, which `Adapted` reads
     strengths: Tensor | None = None
 
-    def index_select(self, rows: Tensor) -> Prepared:
-        """The rows listed in `rows` (int64 [n])."""
-        kv = None if self.kv is None else self.kv.index_select(0, rows)
-        kv_len = None if self.kv_len is None else self.kv_len.index_select(0, rows)
-        return Prepared(time=self.time.index_select(0, rows), kv=kv, kv_len=kv_len)
-
     @staticmethod
     def cat(parts: Sequence[Prepared]) -> Prepared:
         """The rows of all parts. Shorter tables and prompts are padded; `kv_len` keeps the padding out of attention."""
