@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -79,7 +79,9 @@ def latency(
 @app.command()
 def throughput(
     model: Model = "shapes",
-    mix: Annotated[str, typer.Option(help="'mixed', 'sizes', 'alike', or a JSON file of field -> values.")] = "mixed",
+    mix: Annotated[
+        str, typer.Option(help="'mixed', 'sizes', 'loras', 'alike', or a JSON file of field -> values.")
+    ] = "mixed",
     requests: Annotated[int, typer.Option(min=4, help="Requests of one run.")] = 60,
     clients: Annotated[int, typer.Option(min=1, help="Clients of the closed loop.")] = 8,
     rates: Annotated[
@@ -105,7 +107,8 @@ def throughput(
         mix=Mix.load(mix), requests=requests, clients=clients, rates=_numbers("--rates", rates), rounds=rounds,
         seed=seed, wait_s=1e-3 * wait, slo_s=slo,
     )  # fmt: skip
-    with _engine(model, device, dtype, max_rows=max_rows) as engine, _Progress() as progress:
+    loras = plan.mix.loras
+    with _engine(model, device, dtype, max_rows=max_rows, loras=loras) as engine, _Progress() as progress:
         machine = harness.fingerprint(str(engine.components.config.device))
         made = _saved(records(engine, plan, machine, progress.notice), save, note)
     _show(made, as_json, table(made))
@@ -269,11 +272,13 @@ class _Progress:
         self._bar.update(self._task, description=what, completed=done, total=total)
 
 
-def _engine(model: str, device: str | None, dtype: str | None, max_rows: int) -> Engine:
+def _engine(
+    model: str, device: str | None, dtype: str | None, max_rows: int, loras: Mapping[str, str] | None = None
+) -> Engine:
     from ..engine.engine import Engine
 
     with err.status(f"loading {model}"):
-        return Engine.load(model, device=device, dtype=dtype, max_rows=max_rows)
+        return Engine.load(model, device=device, dtype=dtype, max_rows=max_rows, loras=loras or {})
 
 
 def _saved(records: Iterable[dict[str, Any]], save: Path | None, note: str | None) -> list[dict[str, Any]]:

@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Hashable, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
 from ..engine.request import Request, Result
@@ -53,7 +54,8 @@ class Static:
 
     A group runs when it holds `cap` images or its oldest request has waited `wait_s`; one group at a time, the one that
     waited longest first. Requests that arrive while a group runs wait for the next one. Results of a batch are handed
-    out when the batch is done, as servers of static batches do.
+    out when the batch is done, as servers of static batches do. LoRAs of a group are merged into the weights before it
+    runs, where the group before it had others.
     """
 
     name = "static"
@@ -65,6 +67,7 @@ class Static:
         self._groups: dict[Hashable, deque[tuple[float, Request, Future[Result]]]] = {}
         self._news = threading.Condition()
         self._closed = False
+        self._merged: tuple[tuple[str, float], ...] = ()
         self._worker = threading.Thread(target=self._serve, name="static-batches", daemon=True)
         self._worker.start()
 
@@ -79,23 +82,30 @@ class Static:
         return await asyncio.wrap_future(future)
 
     def close(self) -> None:
-        """Run what is waiting, then stop."""
+        """Run what is waiting, then stop; the engine has no LoRAs then."""
         with self._news:
             self._closed = True
             self._news.notify_all()
         self._worker.join()
+        self._merge(())
 
     def _serve(self) -> None:
         while group := self._next():
             self.batches.append(len(group))
             try:
-                results = self.engine.generate([request for _, request, _ in group])
+                self._merge(group[0][1].loras)
+                results = self.engine.generate([replace(request, loras=()) for _, request, _ in group])
             except Exception as error:  # boundary: a failed batch ends its requests, not the front
                 for _, _, future in group:
                     future.set_exception(error)
                 continue
             for (_, _, future), result in zip(group, results, strict=True):
                 future.set_result(result)
+
+    def _merge(self, loras: tuple[tuple[str, float], ...]) -> None:
+        if loras != self._merged:
+            self.engine.set_loras(loras)
+            self._merged = loras
 
     def _next(self) -> Sequence[tuple[float, Request, Future[Result]]]:
         """Wait for a group that may run; empty when closed and nothing is left."""

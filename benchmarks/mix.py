@@ -28,15 +28,32 @@ BUILT_IN: dict[str, dict[str, list[Any]]] = {
         "sampler": ["ddim", "euler", "dpmpp_2m"],
         "size": [[64, 64], [64, 64], [64, 96]],
     },
+    "loras": {
+        "prompt": PROMPTS,
+        "steps": [20],
+        "guidance_scale": [3.0],
+        "sampler": ["ddim"],
+        "loras": [
+            [],
+            [["shapes-dome", 1.0]],
+            [["shapes-dome", 0.7]],
+            [["shapes-turn", 1.0]],
+            [["shapes-turn", 0.5]],
+            [["shapes-dome", 0.8], ["shapes-turn", 0.6]],
+        ],
+    },
     "alike": {"prompt": PROMPTS, "steps": [20], "guidance_scale": [3.0], "sampler": ["ddim"]},
 }
 """Every request draws one value of every list; a value listed twice is twice as likely. "alike" has requests that
-differ in prompt and seed only, which is what merging requests of equal parameters was made for."""
+differ in prompt and seed only, which is what merging requests of equal parameters was made for. "loras" has requests
+that differ in their LoRAs, too."""
 
 
 @dataclass(frozen=True)
 class Mix:
-    """A load: name, and the values every field of a request is drawn from ("size" is [width, height])."""
+    """A load: name, and the values every field of a request is drawn from. "size" is [width, height]; LoRAs go by what
+    they are read from.
+    """
 
     name: str
     choices: Mapping[str, Sequence[Any]]
@@ -65,6 +82,12 @@ class Mix:
             for value in values:
                 build_request(None, _fields(name, value))
         return mix
+
+    @property
+    def loras(self) -> dict[str, str]:
+        """The LoRAs that its requests choose from, as `EngineConfig.loras`."""
+        chosen = (_fields("loras", value)["loras"] for value in self.choices.get("loras", ()))
+        return {name: name for loras in chosen for name, _ in loras}
 
     def draw(self, count: int, seed: int) -> list[Request]:
         """`count` requests, the same for the same seed; image i has seed i."""
@@ -95,6 +118,10 @@ def parameters(request: Request) -> Hashable:
 
 
 def _fields(name: str, value: Any) -> dict[str, Any]:
+    if name == "loras":
+        if not isinstance(value, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in value):
+            raise RequestError(f"loras: got {value!r}, expected a list of [file or built-in name, strength]")
+        return {"loras": tuple((source, strength) for source, strength in value)}
     if name != "size":
         return {name: value}
     if not (isinstance(value, Sequence) and len(value) == 2):

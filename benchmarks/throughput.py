@@ -63,7 +63,7 @@ def records(
     """
     requests = plan.mix.draw(plan.requests, plan.seed)
     for request in {_shape(request): request for request in requests}.values():
-        engine.warmup(width=request.width, height=request.height)
+        engine.warmup(width=request.width, height=request.height, loras=len(request.loras))
     alone = solo(engine, requests, plan.checked, lambda done: notice("solo runs", done, plan.checked))
     solo_s = statistics.mean(result.timings["total"] for result in alone.values())
     load.closed_loop(Rows(engine), requests[: 2 * plan.clients], plan.clients)  # first use of every row count
@@ -172,8 +172,8 @@ def _cap(engine: Engine) -> int:
     return engine.components.config.max_rows
 
 
-def _shape(request: Any) -> tuple[int | None, int | None]:
-    return request.width, request.height
+def _shape(request: Request) -> tuple[int | None, int | None, int]:
+    return request.width, request.height, len(request.loras)
 
 
 def _record(

@@ -64,6 +64,7 @@ def test_only_prompts_and_seeds_may_differ_in_a_static_batch():
         ({"steps": []}, "at least one value"),
         ({"steps": [0]}, "steps: got 0"),
         ({"size": [64]}, "expected [width, height]"),
+        ({"loras": [["shapes-dome", 1.0]]}, "expected a list of [file or built-in name, strength]"),
         ([1], "expected a mapping"),
     ],
 )
@@ -104,6 +105,27 @@ def test_a_static_batch_waits_for_more_and_no_longer(engine: Engine):
     with pytest.raises(RequestError, match="unknown sampler"):
         asyncio.run(_run(front, tiny(sampler="eulr")))
     front.close()
+
+
+def test_static_batches_merge_the_loras_that_rows_have_beside_the_weights():
+    mix = Mix.load("loras")
+    assert set(mix.loras) == {"shapes-dome", "shapes-turn"}
+    drawn = [replace(request, steps=3, output="latent") for request in mix.draw(8, 0)]
+    assert len({request.loras for request in drawn}) > 2
+    with Engine.load("shapes", device="cpu", max_rows=3, loras=mix.loras) as engine:
+        together = [job.result() for job in [engine.submit(request) for request in drawn]]
+        front = Static(engine, cap=3, wait_s=0.0)
+
+        async def all_of_them():
+            return await asyncio.gather(*(front.run(request) for request in drawn))
+
+        merged = asyncio.run(all_of_them())
+        front.close()
+        plain = engine.generate(replace(drawn[0], loras=()))
+        assert "loras" not in plain.settings, "the engine is left without any"
+    for request, rows, static in zip(drawn, together, merged, strict=True):
+        assert [tuple(pair) for pair in rows.settings.get("loras", [])] == list(request.loras)
+        assert float((rows.latents - static.latents).norm() / rows.latents.norm()) <= 1e-4
 
 
 async def _run(front: Rows | Static, request: Request):
