@@ -80,7 +80,7 @@ def latency(
 def throughput(
     model: Model = "shapes",
     mix: Annotated[
-        str, typer.Option(help="'mixed', 'sizes', 'loras', 'alike', or a JSON file of field -> values.")
+        str, typer.Option(help="'mixed', 'sizes', 'loras', 'mixed_loras', 'alike', or a JSON file.")
     ] = "mixed",
     requests: Annotated[int, typer.Option(min=4, help="Requests of one run.")] = 60,
     clients: Annotated[int, typer.Option(min=1, help="Clients of the closed loop.")] = 8,

@@ -14,6 +14,14 @@ from ..engine.request import Request, build_request
 
 COLOURS, FORMS = ("red", "blue", "green", "yellow"), ("circle", "square", "triangle")
 PROMPTS = [f"a {colour} {form}" for colour in COLOURS for form in FORMS]
+LORAS = [
+    [],
+    [["shapes-dome", 1.0]],
+    [["shapes-dome", 0.7]],
+    [["shapes-turn", 1.0]],
+    [["shapes-turn", 0.5]],
+    [["shapes-dome", 0.8], ["shapes-turn", 0.6]],
+]
 BUILT_IN: dict[str, dict[str, list[Any]]] = {
     "mixed": {
         "prompt": PROMPTS,
@@ -28,25 +36,13 @@ BUILT_IN: dict[str, dict[str, list[Any]]] = {
         "sampler": ["ddim", "euler", "dpmpp_2m"],
         "size": [[64, 64], [64, 64], [64, 96]],
     },
-    "loras": {
-        "prompt": PROMPTS,
-        "steps": [20],
-        "guidance_scale": [3.0],
-        "sampler": ["ddim"],
-        "loras": [
-            [],
-            [["shapes-dome", 1.0]],
-            [["shapes-dome", 0.7]],
-            [["shapes-turn", 1.0]],
-            [["shapes-turn", 0.5]],
-            [["shapes-dome", 0.8], ["shapes-turn", 0.6]],
-        ],
-    },
+    "loras": {"prompt": PROMPTS, "steps": [20], "guidance_scale": [3.0], "sampler": ["ddim"], "loras": LORAS},
     "alike": {"prompt": PROMPTS, "steps": [20], "guidance_scale": [3.0], "sampler": ["ddim"]},
 }
+BUILT_IN["mixed_loras"] = BUILT_IN["mixed"] | {"loras": LORAS}
 """Every request draws one value of every list; a value listed twice is twice as likely. "alike" has requests that
 differ in prompt and seed only, which is what merging requests of equal parameters was made for. "loras" has requests
-that differ in their LoRAs, too."""
+that differ in their LoRAs beside that, "mixed_loras" in everything."""
 
 
 @dataclass(frozen=True)
