@@ -30,6 +30,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print the records instead 
 Save = Annotated[Path | None, typer.Option(help="Append the records to this file of JSON lines.")]
 Note = Annotated[str | None, typer.Option(help="Said with every record, such as 'shared machine'.")]
 Images = Annotated[int, typer.Option("--n", min=1, help="Images per request.")]
+Load = Annotated[
+    str, typer.Option(help="'mixed', 'sizes', 'loras', 'mixed_loras', 'alike', or a JSON file of field -> values.")
+]
 DRAWN = "a red circle above a blue square"
 
 
@@ -79,9 +82,7 @@ def latency(
 @app.command()
 def throughput(
     model: Model = "shapes",
-    mix: Annotated[
-        str, typer.Option(help="'mixed', 'sizes', 'loras', 'mixed_loras', 'alike', or a JSON file.")
-    ] = "mixed",
+    mix: Load = "mixed",
     requests: Annotated[int, typer.Option(min=4, help="Requests of one run.")] = 60,
     clients: Annotated[int, typer.Option(min=1, help="Clients of the closed loop.")] = 8,
     rates: Annotated[
@@ -107,8 +108,7 @@ def throughput(
         mix=Mix.load(mix), requests=requests, clients=clients, rates=_numbers("--rates", rates), rounds=rounds,
         seed=seed, wait_s=1e-3 * wait, slo_s=slo,
     )  # fmt: skip
-    loras = plan.mix.loras
-    with _engine(model, device, dtype, max_rows=max_rows, loras=loras) as engine, _Progress() as progress:
+    with _engine(model, device, dtype, max_rows=max_rows, loras=plan.mix.loras) as engine, _Progress() as progress:
         machine = harness.fingerprint(str(engine.components.config.device))
         made = _saved(records(engine, plan, machine, progress.notice), save, note)
     _show(made, as_json, table(made))
@@ -119,7 +119,7 @@ def throughput(
 def cascade(
     cascade: Annotated[str, typer.Option(help="A built-in cascade or a YAML file of one.")] = "shapes-x4",
     model: Model = "shapes",
-    mix: Annotated[str, typer.Option(help="'mixed', 'sizes', 'alike', or a JSON file of field -> values.")] = "mixed",
+    mix: Load = "mixed",
     requests: Annotated[int, typer.Option(min=2, help="Requests of one run, all there from the start.")] = 8,
     rounds: Annotated[int, typer.Option(min=3, help="Runs of each way.")] = 5,
     budget: Annotated[float, typer.Option(min=0.1, help="Seconds of timing, after three rounds.")] = 120.0,
@@ -139,7 +139,7 @@ def cascade(
 
     plan = cascades.Plan(cascade=Cascade.of(cascade), mix=Mix.load(mix), requests=requests, rounds=rounds,
                          budget_s=budget, seed=seed)  # fmt: skip
-    with _engine(model, device, dtype, max_rows=max_rows) as engine, _Progress() as progress:
+    with _engine(model, device, dtype, max_rows=max_rows, loras=plan.mix.loras) as engine, _Progress() as progress:
         machine = harness.fingerprint(str(engine.components.config.device))
         made = _saved([cascades.record(engine, plan, machine, progress.notice)], save, note)
     if timeline:

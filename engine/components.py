@@ -137,13 +137,19 @@ class Components:
 
     def adapted(self, controls: tuple[str, ...] = ()) -> Adapted:
         """What rows with LoRAs and these ControlNets run through."""
-        network = self.network(controls)
-        assert isinstance(network, UNet | Controlled)
-        return Adapted(network, self.loras.chosen)
+        if controls not in self._adapted:
+            network = self.network(controls)
+            assert isinstance(network, UNet | Controlled)
+            self._adapted[controls] = Adapted(network, self.loras.chosen)
+        return self._adapted[controls]
 
     def network_binders(self, controls: tuple[str, ...] = ()) -> list[Binding]:
         """The op sites of `network`."""
         return [self.binders[part] for part in ("unet", *map(control_binder, controls))]
+
+    @cached_property
+    def _adapted(self) -> dict[tuple[str, ...], Adapted]:
+        return {}
 
     @cached_property
     def _controlled(self) -> dict[tuple[str, ...], Controlled]:

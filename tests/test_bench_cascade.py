@@ -86,7 +86,7 @@ def test_stages_that_cannot_be_made_by_hand_are_refused(stage: Stage):
 
 def test_the_command_writes_a_record_a_picture_and_a_report(tmp_path: Path):
     mix, out, picture = tmp_path / "small.json", tmp_path / "cascade.jsonl", tmp_path / "t.png"
-    mix.write_text(json.dumps(CHOICES))
+    mix.write_text(json.dumps(CHOICES | {"loras": [[["shapes-dome", 0.5]]]}))
     options = ["cascade", "--cascade", "hires-fix", "--mix", str(mix), "--requests", "2", "--rounds", "3"]
     options += ["--budget", "0.1", "--device", "cpu", "--save", str(out), "--timeline", str(picture)]
     done = CliRunner().invoke(app, options)

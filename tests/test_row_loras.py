@@ -262,6 +262,7 @@ def test_rows_with_loras_are_warmed_up_by_their_number(parts: Components) -> Non
 @torch.inference_mode()
 def test_networks_with_and_without_loras_are_one_graph_each(parts: Components) -> None:
     x, update = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(1)), torch.tensor([1, 0])
+    assert parts.adapted() is parts.adapted(), "made once, not in every update"
     networks = {True: parts.adapted(), False: parts.network()}
     compiled = {adapted: Compiled(network, 1, backend="eager") for adapted, network in networks.items()}
     seen = []
